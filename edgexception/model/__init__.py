@@ -1,0 +1,1 @@
+"""The Xception family and its checkpoints."""

@@ -1,0 +1,182 @@
+"""A recipe as typed, frozen data: every section is the spec of one stage, and the schema is here whole.
+
+Specs hold what the user asked for, never a resolved value; stages read them and do not edit them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgexception.architecture import Architecture
+from edgexception.preprocess import Preprocess
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Spec(BaseModel):
+    """Base of every section: frozen, and a field that is not known is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class FolderSource(Spec):
+    """Labelled photos, one sub-folder a class, classes in alphabetical order of the folders."""
+
+    kind: Literal["folder"]
+    path: Path
+
+
+class ManifestSource(Spec):
+    """Photos named by a .csv or .jsonl file with `path` and, for evaluation, `label` in each row.
+
+    Paths are relative to the manifest's folder; a label is a class name.
+    """
+
+    kind: Literal["manifest"]
+    path: Path
+
+
+class PhotosSource(Spec):
+    """Every photo below a folder, without labels."""
+
+    kind: Literal["photos"]
+    path: Path
+
+
+class DigitsSource(Spec):
+    """scikit-learn's handwritten digits: 1,797 labelled 8x8 images that ship inside that package."""
+
+    kind: Literal["digits"]
+    split: Literal["train", "calibration", "test"]
+
+
+Source = Annotated[
+    FolderSource | ManifestSource | PhotosSource | DigitsSource, Field(discriminator="kind")
+]
+
+
+class CalibrationSpec(Spec):
+    """Images that quantization may look at; labels are never used."""
+
+    source: Source
+    images: Count = 128
+    """How many network inputs to take: photos, or crops of them."""
+    crops_per_photo: Annotated[int, Field(ge=1, le=1024)] = 1
+    """1 takes the whole photo; more takes that many random crops of each (deterministic)."""
+    seed: int = 0
+    manifest: Path | None = None
+    """A calibration manifest: only the photos it names are used, and each must match its sha256."""
+    max_bad_images: Annotated[int, Field(ge=0)] = 0
+    """Unreadable photos allowed before the set is refused; each one is named in the report."""
+
+
+class EvaluationSpec(Spec):
+    """Images that accuracy and agreement are measured on."""
+
+    source: Source
+    crops_per_photo: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Random crops of each photo on which agreement with the float network is measured, too."""
+    seed: int = 1
+    max_bad_images: Annotated[int, Field(ge=0)] = 0
+
+
+# --- stages -------------------------------------------------------------------------------------
+
+
+class CheckpointModel(Spec):
+    """A trained network from a file: .keras, .h5, .pth or .safetensors."""
+
+    kind: Literal["checkpoint"]
+    path: Path
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of the logits, when the file does not carry them."""
+    preprocess: Preprocess | None = None
+    """How photos become inputs; None takes what the file says or its format's convention."""
+
+
+class TrainedHereModel(Spec):
+    """A network that the recipe trains itself."""
+
+    kind: Literal["train"]
+    architecture: Architecture
+    preprocess: Preprocess
+    source: Source
+    epochs: Count = 10
+    batch_size: Count = 64
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
+    seed: int = 0
+
+
+ModelSpec = Annotated[CheckpointModel | TrainedHereModel, Field(discriminator="kind")]
+
+
+class PtqSpec(Spec):
+    """INT8 post-training quantization."""
+
+    method: Literal["ptq"]
+    activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """asymmetric: uint8 with a zero point. symmetric: int8, zero point 0, as TensorRT needs."""
+    ranges: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    """The upper percentile of `ranges: percentile`; the lower one mirrors it."""
+    weight_bits: Literal["auto", 7, 8] = "auto"
+    """7 avoids the int16 saturation of x86 processors without VNNI; auto asks the target."""
+    bias_correction: bool = True
+
+
+class TargetSpec(Spec):
+    """One device, and which of its runtimes and precisions to build and measure."""
+
+    target: str
+    runtimes: Annotated[tuple[str, ...], Field(min_length=1)]
+    precisions: Annotated[tuple[Literal["fp32", "int8"], ...], Field(min_length=1)] = ("fp32", "int8")
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of the runtime; None is one per physical core the process may use."""
+
+
+class BenchSpec(Spec):
+    """How latency is measured. Engines take turns, round by round, so that noise hits all alike."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    warmup_ms: Milliseconds = 500
+    duration_ms: Milliseconds = 2000
+    """Measured time per engine, batch size and round."""
+    min_iterations: Count = 30
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3
+
+
+class Gates(Spec):
+    """Bounds on measured values; one that is missed ends the run with exit code 1."""
+
+    top1_min: Share | None = None
+    """Least top-1 accuracy of every INT8 engine."""
+    top1_drop_max: Share | None = None
+    """Most top-1 accuracy that an INT8 engine may lose against FP32 of the same runtime."""
+    agreement_min: Share | None = None
+    """Least share of images on which an INT8 engine decides like the float network."""
+    sqnr_db_min: float | None = None
+    """Least signal-to-quantization-noise ratio of the logits of an INT8 engine."""
+    speedup_min: Annotated[float, Field(gt=0.0)] | None = None
+    """Least median FP32 latency / median INT8 latency of the same runtime, at the first batch size."""
+
+
+class Recipe(Spec):
+    """The whole way of one network to its devices. An absent section is a stage that is not run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    model: ModelSpec
+    calibration: CalibrationSpec | None = None
+    evaluation: EvaluationSpec | None = None
+    quantize: PtqSpec | None = None
+    targets: tuple[TargetSpec, ...] = ()
+    bench: BenchSpec | None = None
+    gates: Gates = Gates()
