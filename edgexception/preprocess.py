@@ -1,10 +1,37 @@
-"""The one image transform: calibration, training and accuracy on every device use it."""
+"""The one image transform: calibration, training and accuracy on every device use it.
+
+How it matches the loaders that networks are trained with (the tests compare pixel by pixel):
+
+- `resize: stretch` is `keras.utils.load_img(target_size=input_size, interpolation=...)`, and so
+  what ImageDataGenerator feeds: Pillow's `convert("RGB")`, then Pillow's resize to the input size.
+  Keras's default there is `nearest`.
+- `image_dataset_from_directory` resizes with TensorFlow, in float and without antialiasing.
+  Pillow's `bilinear` widens its filter when it shrinks, so it is the nearest in kind,
+  not the same pixels. A network trained through that loader sees slightly smoother inputs here.
+- `resize: shortest-side` is timm's evaluation transform (crop_mode "center"), and with a
+  `crop_fraction` of 224/256 torchvision's Resize(256), CenterCrop(224): the shorter side to
+  floor(size / crop_fraction), the longer one in proportion, then the center.
+
+None of these loaders applies the EXIF orientation, so it is ignored here, too: a photo is taken as
+its pixels are stored. Colour profiles are ignored and an alpha channel is dropped, as there.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
+
+from edgexception.errors import BadArtifact
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_RESIZED_PIXELS = 2**26
+"""Bound on the photo between resize and crop: a sliver of 1x9999 pixels would become gigabytes."""
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 Channel = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
@@ -18,7 +45,7 @@ class Preprocess(BaseModel):
     `(pixel - mean) / std` with pixels in 0...255.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     input_size: tuple[Side, Side]
     """Height and width of the network's input in pixels."""
@@ -33,3 +60,48 @@ class Preprocess(BaseModel):
     """Subtracted per RGB channel, in pixel units."""
     std: tuple[Deviation, Deviation, Deviation] = (127.5, 127.5, 127.5)
     """Divided by per RGB channel, in pixel units."""
+
+
+def to_input(photo: Image.Image, spec: Preprocess) -> npt.NDArray[np.uint8]:
+    """Resize and crop a photo: uint8 (H, W, 3), RGB, not normalized (the graph does that).
+
+    Raises BadArtifact for a photo so elongated that resizing its shorter side is out of bounds.
+    """
+    from PIL import Image  # noqa: PLC0415  recipes and commands import this module without Pillow
+
+    resampling = {
+        "nearest": Image.Resampling.NEAREST,
+        "bilinear": Image.Resampling.BILINEAR,
+        "bicubic": Image.Resampling.BICUBIC,
+        "lanczos": Image.Resampling.LANCZOS,
+    }[spec.interpolation]
+    height, width = spec.input_size
+    photo = photo if photo.mode == "RGB" else photo.convert("RGB")
+    if spec.resize == "stretch":
+        return np.asarray(photo.resize((width, height), resampling))
+    resized = _shortest_side_size(photo.size, spec)
+    if resized[0] * resized[1] > MAX_RESIZED_PIXELS:
+        raise BadArtifact(
+            f"a photo of {photo.width}x{photo.height} pixels is too elongated: with resize "
+            f"'shortest-side' it would become {resized[0]}x{resized[1]}: crop it or leave it out"
+        )
+    # Python rounds halves to even here, and torchvision's center_crop does just that.
+    left, top = round((resized[0] - width) / 2.0), round((resized[1] - height) / 2.0)
+    return np.asarray(
+        photo.resize(resized, resampling).crop((left, top, left + width, top + height))
+    )
+
+
+def _shortest_side_size(size: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
+    """Return the (width, height) after timm's resize of a photo of that (width, height).
+
+    A square input goes through torchvision's Resize(int), which truncates the longer side; any
+    other through timm's ResizeKeepRatio, which rounds both.
+    """
+    scaled_height, scaled_width = (math.floor(x / spec.crop_fraction) for x in spec.input_size)
+    width, height = size
+    if scaled_height == scaled_width:
+        longer = int(scaled_width * max(size) / min(size))
+        return (scaled_width, longer) if width <= height else (longer, scaled_width)
+    ratio = min(height / scaled_height, width / scaled_width)
+    return round(width / ratio), round(height / ratio)
