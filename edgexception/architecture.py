@@ -23,15 +23,15 @@ class Architecture(BaseModel):
     """One network of the Xception family; the defaults are the network of the paper.
 
     F. Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", CVPR 2017:
-    figure 5 gives the default widths and repeats, section 2.3 the orders of the two steps,
-    section 3 the spectrum of `segments`, section 4.7 `intermediate_activation` and section 4.6
+    figure 5 gives the default widths and repeats, section 1.2 the orders of the two steps,
+    section 5 the spectrum of `segments`, section 4.7 `intermediate_activation` and section 4.6
     `residual`.
 
     Blocks are numbered as in Keras: the stem is block 1, `entry`, `middle` and `exit` blocks
     follow, and `tail` is the last one (blocks 2-4, 5-12, 13 and 14 of the default network).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     stem: tuple[Width, Width] = (32, 64)
     """Output channels of the two dense 3x3 convolutions of block 1."""

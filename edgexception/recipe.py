@@ -1,4 +1,4 @@
-"""A recipe as typed, frozen data: every section is the spec of one stage, and the schema is here whole.
+"""A recipe as typed, frozen data: every section is the spec of one stage.
 
 Specs hold what the user asked for, never a resolved value; stages read them and do not edit them.
 """
@@ -12,16 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgexception.architecture import Architecture
 from edgexception.preprocess import Preprocess
+from edgexception.targets import Activations, Precision
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Spec(BaseModel):
     """Base of every section: frozen, and a field that is not known is a fault."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ class PhotosSource(Spec):
 
 
 class DigitsSource(Spec):
-    """scikit-learn's handwritten digits: 1,797 labelled 8x8 images that ship inside that package."""
+    """scikit-learn's handwritten digits: 1,797 labelled 8x8 images inside that package."""
 
     kind: Literal["digits"]
     split: Literal["train", "calibration", "test"]
@@ -71,7 +73,7 @@ class CalibrationSpec(Spec):
     """How many network inputs to take: photos, or crops of them."""
     crops_per_photo: Annotated[int, Field(ge=1, le=1024)] = 1
     """1 takes the whole photo; more takes that many random crops of each (deterministic)."""
-    seed: int = 0
+    seed: Seed = 0
     manifest: Path | None = None
     """A calibration manifest: only the photos it names are used, and each must match its sha256."""
     max_bad_images: Annotated[int, Field(ge=0)] = 0
@@ -84,7 +86,7 @@ class EvaluationSpec(Spec):
     source: Source
     crops_per_photo: Annotated[int, Field(ge=0, le=1024)] = 0
     """Random crops of each photo on which agreement with the float network is measured, too."""
-    seed: int = 1
+    seed: Seed = 1
     max_bad_images: Annotated[int, Field(ge=0)] = 0
 
 
@@ -96,7 +98,7 @@ class CheckpointModel(Spec):
 
     kind: Literal["checkpoint"]
     path: Path
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=65536)] | None = None
     """Class names in the order of the logits, when the file does not carry them."""
     preprocess: Preprocess | None = None
     """How photos become inputs; None takes what the file says or its format's convention."""
@@ -113,7 +115,7 @@ class TrainedHereModel(Spec):
     batch_size: Count = 64
     learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
-    seed: int = 0
+    seed: Seed = 0
 
 
 ModelSpec = Annotated[CheckpointModel | TrainedHereModel, Field(discriminator="kind")]
@@ -123,7 +125,7 @@ class PtqSpec(Spec):
     """INT8 post-training quantization."""
 
     method: Literal["ptq"]
-    activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    activations: Activations = "asymmetric"
     """asymmetric: uint8 with a zero point. symmetric: int8, zero point 0, as TensorRT needs."""
     ranges: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
@@ -138,7 +140,7 @@ class TargetSpec(Spec):
 
     target: str
     runtimes: Annotated[tuple[str, ...], Field(min_length=1)]
-    precisions: Annotated[tuple[Literal["fp32", "int8"], ...], Field(min_length=1)] = ("fp32", "int8")
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the runtime; None is one per physical core the process may use."""
 
@@ -163,16 +165,17 @@ class Gates(Spec):
     """Most top-1 accuracy that an INT8 engine may lose against FP32 of the same runtime."""
     agreement_min: Share | None = None
     """Least share of images on which an INT8 engine decides like the float network."""
-    sqnr_db_min: float | None = None
+    sqnr_db_min: Annotated[float, Field(ge=-200.0, le=200.0)] | None = None
     """Least signal-to-quantization-noise ratio of the logits of an INT8 engine."""
-    speedup_min: Annotated[float, Field(gt=0.0)] | None = None
-    """Least median FP32 latency / median INT8 latency of the same runtime, at the first batch size."""
+    speedup_min: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    """Least median FP32 latency / median INT8 latency of a runtime, at the first batch size."""
 
 
 class Recipe(Spec):
     """The whole way of one network to its devices. An absent section is a stage that is not run."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """Lower-case letters, digits and hyphens: it names the output folder."""
     model: ModelSpec
     calibration: CalibrationSpec | None = None
     evaluation: EvaluationSpec | None = None

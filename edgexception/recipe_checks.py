@@ -1,0 +1,241 @@
+"""What the sections of a recipe ask of each other and of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+from edgexception.errors import UsageError
+from edgexception.recipe import PhotosSource, Recipe, Source, TargetSpec, TrainedHereModel
+from edgexception.strict_yaml import Fault, KeyPath
+from edgexception.targets import find_dialect, find_runtime, find_target
+from edgexception.typed_yaml import field_name
+
+Rule = Callable[[Recipe], Iterator[Fault]]
+
+
+def recipe_faults(recipe: Recipe, broken: frozenset[str] = frozenset()) -> list[Fault]:
+    """Return what does not fit together in a recipe whose single fields are valid.
+
+    `broken` names sections that are not what the user wrote (they did not validate): rules that
+    read one of them are left out.
+    """
+    faults: list[Fault] = []
+    for sections, rule in RULES:
+        if not broken.intersection(sections.split()):
+            faults.extend(rule(recipe))
+    return faults
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise one UsageError that names everything that does not fit together in a recipe.
+
+    For recipes that a command line made; those of files are checked by `load_recipe`.
+    """
+    if faults := recipe_faults(recipe):
+        raise UsageError("\n".join(f"{field_name(fault.path)}: {fault.text}" for fault in faults))
+
+
+def _quantize_calibrates(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.quantize and not recipe.calibration:
+        yield Fault(
+            ("quantize",),
+            "needs images to find activation ranges on; add a `calibration:` section",
+        )
+
+
+def _percentile_is_used(recipe: Recipe) -> Iterator[Fault]:
+    spec = recipe.quantize
+    if spec and spec.ranges != "percentile" and spec.percentile != _default(spec, "percentile"):
+        yield Fault(
+            ("quantize", "percentile"),
+            f"has no effect with ranges: {spec.ranges}; set `ranges: percentile` or remove it",
+        )
+
+
+def _default(spec: object, name: str) -> object:
+    return type(spec).model_fields[name].default  # type: ignore[attr-defined]
+
+
+def _training_fits(recipe: Recipe) -> Iterator[Fault]:
+    model = recipe.model
+    if isinstance(model, TrainedHereModel):
+        if not model.architecture.head:
+            yield Fault(
+                ("model", "architecture", "head"),
+                "is empty, so there are no classes to train; write the number of classes",
+            )
+        yield from _labelled(model.source, ("model", "source"), "training")
+    elif model.classes:
+        yield from _distinct(model.classes, ("model", "classes"), "class")
+
+
+def _crop_is_used(recipe: Recipe) -> Iterator[Fault]:
+    preprocess = recipe.model.preprocess
+    if preprocess and preprocess.resize == "stretch" and preprocess.crop_fraction != 1.0:
+        yield Fault(
+            ("model", "preprocess", "crop_fraction"),
+            "has no effect with resize: stretch; set `resize: shortest-side` or remove it",
+        )
+
+
+def _evaluation_is_unseen(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.evaluation is None:
+        return
+    source = recipe.evaluation.source
+    calibration = recipe.calibration
+    if calibration and calibration.manifest is None and calibration.source == source:
+        yield Fault(
+            ("calibration", "source"),
+            "is the evaluation's source, too, so the measured accuracy would flatter; "
+            "calibrate on other images",
+        )
+    if isinstance(recipe.model, TrainedHereModel) and recipe.model.source == source:
+        yield Fault(
+            ("model", "source"),
+            "is the evaluation's source, too, so the measured accuracy would mean nothing; "
+            "train on other images",
+        )
+
+
+def _labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
+    if isinstance(source, PhotosSource):
+        yield Fault(
+            (*path, "kind"),
+            f"photos have no labels, which {purpose} needs; use a folder or manifest source",
+        )
+
+
+def _distinct(values: Sequence[Hashable], path: KeyPath, what: str) -> Iterator[Fault]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            yield Fault((*path, index), f"the {what} {value} is listed twice; remove one")
+
+
+def _lists_are_distinct(recipe: Recipe) -> Iterator[Fault]:
+    names = [spec.target for spec in recipe.targets]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            first = names.index(name)
+            yield Fault(
+                ("targets", index, "target"),
+                f"{name} is already targets[{first}]; list its runtimes and precisions there",
+            )
+    for index, spec in enumerate(recipe.targets):
+        yield from _distinct(spec.runtimes, ("targets", index, "runtimes"), "runtime")
+        yield from _distinct(spec.precisions, ("targets", index, "precisions"), "precision")
+
+
+def _batch_sizes_are_distinct(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.bench:
+        yield from _distinct(recipe.bench.batch_sizes, ("bench", "batch_sizes"), "batch size")
+
+
+def _bench_has_targets(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.bench and not recipe.targets:
+        yield Fault(("bench",), "has nothing to measure; add a `targets:` section")
+
+
+def _targets_exist(recipe: Recipe) -> Iterator[Fault]:
+    """Names and precisions that targets.yaml knows."""
+    for index, spec in enumerate(recipe.targets):
+        path: KeyPath = ("targets", index)
+        try:
+            find_target(spec.target)
+        except UsageError as error:
+            yield Fault((*path, "target"), str(error))
+            continue
+        for position, runtime in enumerate(spec.runtimes):
+            try:
+                row = find_runtime(spec.target, runtime)
+            except UsageError as error:
+                yield Fault((*path, "runtimes", position), str(error))
+                continue
+            for precision in set(spec.precisions).difference(row.precisions):
+                yield Fault(
+                    (*path, "precisions"),
+                    f"{runtime} on {spec.target} does not build {precision}; "
+                    f"it builds: {', '.join(row.precisions)}",
+                )
+
+
+def _int8_is_quantized(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.quantize is None:
+        for index, spec in enumerate(recipe.targets):
+            if "int8" in spec.precisions:
+                yield Fault(
+                    ("targets", index, "precisions"),
+                    "asks for int8, but nothing is quantized; add a `quantize:` section "
+                    "or set `precisions: [fp32]`",
+                )
+
+
+def _dialects_can_say_the_plan(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.quantize is None:
+        return
+    activations = recipe.quantize.activations
+    for index, spec in enumerate(recipe.targets):
+        for position, runtime in enumerate(spec.runtimes):
+            try:
+                dialect = find_dialect(spec.target, runtime)
+            except UsageError:
+                continue  # another rule names it
+            if "int8" in spec.precisions and activations not in dialect.activations:
+                yield Fault(
+                    ("targets", index, "runtimes", position),
+                    f"{runtime} cannot express {activations} activations; set "
+                    f"`quantize.activations: {dialect.activations[0]}` or remove this runtime",
+                )
+
+
+def _gates_are_measured(recipe: Recipe) -> Iterator[Fault]:
+    gates = recipe.gates
+    for name in ("top1_min", "top1_drop_max", "agreement_min", "sqnr_db_min", "speedup_min"):
+        if getattr(gates, name) is None:
+            continue
+        path: KeyPath = ("gates", name)
+        if not recipe.bench:
+            yield Fault(path, "nothing measures it; add a `bench:` section or remove this gate")
+        if name != "speedup_min" and not recipe.evaluation:
+            yield Fault(path, "there are no images to measure it on; add an `evaluation:` section")
+        elif name.startswith("top1") and recipe.evaluation:
+            yield from _gate_has_labels(recipe.evaluation.source, path)
+        yield from _gate_has_engines(name, recipe.targets, path)
+
+
+def _gate_has_labels(source: Source, path: KeyPath) -> Iterator[Fault]:
+    if isinstance(source, PhotosSource):
+        yield Fault(
+            path,
+            "photos have no labels, so there is no accuracy; evaluate on a folder or manifest "
+            "source or remove this gate",
+        )
+
+
+def _gate_has_engines(name: str, targets: Sequence[TargetSpec], path: KeyPath) -> Iterator[Fault]:
+    if not any("int8" in spec.precisions for spec in targets):
+        yield Fault(path, "bounds int8 engines, but no target builds one; remove this gate")
+    if name in ("top1_drop_max", "speedup_min"):
+        for index, spec in enumerate(targets):
+            if spec.precisions == ("int8",):
+                yield Fault(
+                    path,
+                    f"compares int8 with fp32, which targets[{index}] does not build; "
+                    "add fp32 to its precisions or remove this gate",
+                )
+
+
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("quantize calibration", _quantize_calibrates),
+    ("quantize", _percentile_is_used),
+    ("model", _training_fits),
+    ("model", _crop_is_used),
+    ("model calibration evaluation", _evaluation_is_unseen),
+    ("targets", _lists_are_distinct),
+    ("bench", _batch_sizes_are_distinct),
+    ("bench targets", _bench_has_targets),
+    ("targets", _targets_exist),
+    ("quantize targets", _int8_is_quantized),
+    ("quantize targets", _dialects_can_say_the_plan),
+    ("gates bench evaluation targets", _gates_are_measured),
+)
+"""Every rule with the sections it reads."""

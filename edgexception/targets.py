@@ -1,0 +1,119 @@
+"""Devices as rows of data: their runtimes, the dialects these read, and what is known of them."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from edgexception.errors import EdgexError, UsageError
+from edgexception.strict_yaml import parse_yaml, quoted
+from edgexception.typed_yaml import closest, report, validate
+
+Precision = Literal["fp32", "int8"]
+Activations = Literal["asymmetric", "symmetric"]
+
+
+class Row(BaseModel):
+    """Base of every row: frozen, and a column that is not known is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dialect(Row):
+    """How one family of runtimes wants a quantized network written."""
+
+    description: str
+    activations: Annotated[tuple[Activations, ...], Field(min_length=1)]
+    """The kinds of activation ranges that it can express."""
+
+
+class TargetRuntime(Row):
+    """One runtime of a target."""
+
+    dialect: str
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+
+
+class Fact(Row):
+    """One property of a device, and where it is known from."""
+
+    value: bool | int | float | str | None
+    """None is not known here: the device itself is asked."""
+    unit: str | None = None
+    source: str
+    """Where the value comes from: a document with its date, or `probe`."""
+
+    @model_validator(mode="after")
+    def _sourced(self) -> Fact:
+        if (self.value is None) != (self.source == "probe"):
+            raise ValueError("a fact without value has the source `probe`, and no other fact has")
+        return self
+
+
+class Target(Row):
+    """One kind of device."""
+
+    description: str
+    arch: Literal["x86_64", "aarch64"]
+    runtimes: Annotated[dict[str, TargetRuntime], Field(min_length=1)]
+    facts: dict[str, Fact] = {}
+    verified_on: str | None
+    """The hardware that this row has been run on; None is never."""
+
+
+class _Table(Row):
+    dialects: dict[str, Dialect]
+    targets: dict[str, Target]
+
+
+@functools.cache
+def _table() -> _Table:
+    data = resources.files("edgexception").joinpath("targets.yaml").read_bytes()
+    document = parse_yaml(data, "edgexception/targets.yaml")
+    table, faults = validate(document.data, _Table)
+    if table is None or document.faults:
+        raise EdgexError(str(report(document, faults)))
+    for name, target in table.targets.items():
+        for runtime, row in target.runtimes.items():
+            if row.dialect not in table.dialects:
+                raise EdgexError(
+                    f"edgexception/targets.yaml: targets.{name}.runtimes.{runtime}: there is no "
+                    f"dialect {quoted(row.dialect)}; {closest(row.dialect, table.dialects)}"
+                )
+    return table
+
+
+def load_targets() -> dict[str, Target]:
+    """Return every target by name, in the order of the file."""
+    return dict(_table().targets)
+
+
+def load_dialects() -> dict[str, Dialect]:
+    """Return every dialect by name."""
+    return dict(_table().dialects)
+
+
+def find_target(name: str) -> Target:
+    """Return the target of that name; raises UsageError with the closest name if there is none."""
+    targets = _table().targets
+    if name not in targets:
+        raise UsageError(f"there is no target {quoted(name)}; {closest(name, targets)}")
+    return targets[name]
+
+
+def find_runtime(target: str, runtime: str) -> TargetRuntime:
+    """Return that runtime of that target; raises UsageError naming the closest if it has none."""
+    runtimes = find_target(target).runtimes
+    if runtime not in runtimes:
+        raise UsageError(
+            f"the target {target} has no runtime {quoted(runtime)}; {closest(runtime, runtimes)}"
+        )
+    return runtimes[runtime]
+
+
+def find_dialect(target: str, runtime: str) -> Dialect:
+    """Return the dialect that a runtime of a target reads; raises UsageError for unknown names."""
+    return _table().dialects[find_runtime(target, runtime).dialect]
