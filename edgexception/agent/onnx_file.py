@@ -1,0 +1,120 @@
+"""Read the few facts the agent needs from an ONNX file, without the onnx package.
+
+An ONNX file is one protobuf message. The reader walks its nested fields by the wire format
+(https://protobuf.dev/programming-guides/encoding/) with the field numbers of onnx.proto, and skips
+everything else by length, so 90 MB of weights cost nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgexception.agent.protocol import AgentError
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+# Which fields of a message are messages that can hold a tensor or a node, by onnx.proto.
+_CHILDREN: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {
+        5: "Tensor",
+        6: "Graph",
+        10: "Tensor",
+        11: "Graph",
+        22: "SparseTensor",
+        23: "SparseTensor",
+    },
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+}
+_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
+_MAX_DEPTH = 40
+
+
+def operators(path: Path) -> dict[str, int]:
+    """Count the operators of a model, "domain:Type" where the domain is not ONNX's own.
+
+    Raises a bad-artifact AgentError when it is not an ONNX file or when a tensor lies outside it:
+    a runtime would open that other file, wherever it points (both do, also for a model from bytes).
+    """
+    counts: Counter[str] = Counter()
+    name = path.name
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            with memoryview(content) as message:
+                _walk(message, "Model", counts, name, 0)
+        except (IndexError, UnicodeDecodeError) as error:
+            raise AgentError("bad-artifact", f"{name} is broken or not an ONNX file") from error
+    if not counts:
+        raise AgentError("bad-artifact", f"{name} is not an ONNX file: it has no operator")
+    return dict(sorted(counts.items()))
+
+
+def _walk(message: memoryview, kind: str, counts: Counter[str], name: str, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise AgentError("bad-artifact", f"{name} nests its graphs deeper than {_MAX_DEPTH} levels")
+    if kind == "Node":
+        counts[_operator(message)] += 1
+    children = _CHILDREN.get(kind, {})
+    for number, value in _fields(message):
+        if isinstance(value, int):
+            external = kind == "Tensor" and number == _TENSOR_DATA_LOCATION and value != 0
+        else:
+            external = kind == "Tensor" and number == _TENSOR_EXTERNAL_DATA
+            if number in children:
+                _walk(value, children[number], counts, name, depth + 1)
+        if external:
+            raise AgentError(
+                "bad-artifact",
+                f"{name} keeps tensors in another file (external data), which the agent never "
+                "opens: export the model as one file",
+            )
+
+
+def _operator(node: memoryview) -> str:
+    op_type = domain = ""
+    for number, value in _fields(node):
+        if not isinstance(value, int) and number in (_NODE_OP_TYPE, _NODE_DOMAIN):
+            text = str(value, "utf-8")
+            op_type, domain = (text, domain) if number == _NODE_OP_TYPE else (op_type, text)
+    return f"{domain}:{op_type}" if domain not in ("", "ai.onnx") else op_type
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (field number, integer or bytes); IndexError where the bytes end too early."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, wire = key >> 3, key & 7
+        if wire == _VARINT:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        if wire == _BYTES:
+            size, at = _varint(message, at)
+        elif wire in (_FIXED64, _FIXED32):
+            size = 8 if wire == _FIXED64 else 4
+        else:
+            raise IndexError("wire type that protobuf 3 does not write")
+        if size > len(message) - at or number == 0:
+            raise IndexError("field runs over the end of its message")
+        yield number, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise IndexError("varint longer than 64 bits")

@@ -1,0 +1,138 @@
+"""The runtimes an agent can meet, one module each, imported when it is asked for.
+
+An adapter is a module with three functions, `Runtime` below, and nothing else. Every model and
+engine has the same contract: input `images`, uint8 (batch, height, width, 3); output `logits`,
+float32 (batch, classes); a fixed batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgexception.agent.protocol import AgentError
+
+MODULES = {
+    "onnxruntime": "edgexception.agent.runtimes.ort",
+    "openvino": "edgexception.agent.runtimes.openvino",
+}
+
+ENGINE_FILES = {"onnxruntime": "engine.onnx", "openvino": "engine.blob"}
+
+_SOURCE_PLACE = re.compile(r"(Exception from|failed at) \S+?:\d+:\s*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build and an open must agree on."""
+
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open engine. `call` maps uint8 `shape` to float32 (batch, classes), in host memory.
+
+    What `call` returns may be overwritten by the next call.
+    """
+
+    shape: tuple[int, int, int, int]
+    classes: int
+    call: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    settings: dict[str, Any]
+    """What the runtime says it runs with, read back from it."""
+
+
+class Runtime(Protocol):
+    """What a runtime's module offers."""
+
+    def version(self) -> dict[str, Any]:
+        """Return the version and the devices (ONNX Runtime: providers) of the runtime."""
+        ...
+
+    def build(self, model: Path, options: Options, out: Path) -> dict[str, Any]:
+        """Compile an ONNX file into the engine file `out`; return what the runtime says of it."""
+        ...
+
+    def open(self, engine: Path, options: Options) -> Session:
+        """Open an engine file for calls."""
+        ...
+
+
+def load(name: str) -> Runtime:
+    """Import a runtime's adapter; a not-possible-here AgentError says why it cannot be."""
+    try:
+        return cast(Runtime, importlib.import_module(MODULES[name]))
+    except Exception as error:  # whatever stops a foreign import is the reason
+        raise AgentError(
+            "not-possible-here",
+            f"{name} cannot be used on this machine: {brief(error)}; install it with "
+            f"`pip install {name}`",
+        ) from error
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn what a runtime raises about a file into a bad-artifact error starting with `what`."""
+    try:
+        yield
+    except (AgentError, MemoryError):
+        raise
+    except Exception as error:
+        text = brief(error)
+        starved = "bad_alloc" in text or "Failed to allocate" in text
+        kind = "out-of-resources" if starved else "bad-artifact"
+        raise AgentError(kind, f"{what}: {text}") from error
+
+
+def brief(error: BaseException) -> str:
+    """Return the message of an error as one bounded line."""
+    # OpenVINO starts every message with the places in its own source it came through.
+    text = _SOURCE_PLACE.sub("", " ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= 600 else f"{text[:600]}..."
+
+
+def check_contract(
+    inputs: Sequence[tuple[str, str, Sequence[object]]],
+    outputs: Sequence[tuple[str, str, Sequence[object]]],
+    options: Options,
+) -> tuple[tuple[int, int, int, int], int]:
+    """Return image shape and classes of an engine given as (name, type, shape) of its ends.
+
+    Raises a bad-artifact AgentError when it breaks the contract of this module's docstring.
+    """
+    found = f"it has inputs {list(inputs)} and outputs {list(outputs)}"
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise AgentError("bad-artifact", f"the engine must have one input and one output; {found}")
+    (image_name, image_type, shape), (logit_name, logit_type, out) = inputs[0], outputs[0]
+    sizes = [size for size in (*shape, *out) if isinstance(size, int) and size > 0]
+    fits = (
+        (image_name, image_type, logit_name, logit_type) == ("images", "uint8", "logits", "float32")
+        and len(shape) == 4
+        and len(out) == 2
+        and len(sizes) == 6
+        and shape[3] == 3
+        and shape[0] == out[0]
+    )
+    if not fits:
+        raise AgentError(
+            "bad-artifact",
+            "the engine must map uint8 `images` (batch, height, width, 3) to float32 `logits` "
+            f"(batch, classes), all sizes fixed; {found}",
+        )
+    if sizes[0] != options.batch:
+        raise AgentError(
+            "usage",
+            f"the engine was built for batch {sizes[0]}, the request says {options.batch}: "
+            "build one engine per batch size",
+        )
+    return (sizes[0], sizes[1], sizes[2], 3), sizes[5]

@@ -1,0 +1,122 @@
+"""OpenVINO on the CPU.
+
+The engine is the compiled model as OpenVINO exports it; importing needs the same OpenVINO build and
+the same instruction set, and OpenVINO itself refuses another one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from edgexception.agent.onnx_file import operators
+from edgexception.agent.protocol import AgentError
+from edgexception.agent.runtimes import Options, Session, blaming, check_contract
+
+_TYPES = {"u8": "uint8", "f32": "float32"}
+_READ_BACK = (
+    "INFERENCE_NUM_THREADS",
+    "NUM_STREAMS",
+    "INFERENCE_PRECISION_HINT",
+    "ENABLE_CPU_PINNING",
+    "ENABLE_HYPER_THREADING",
+)
+
+
+def version() -> dict[str, Any]:
+    """Return the version and the devices that OpenVINO finds."""
+    return {"version": openvino.__version__, "devices": list(openvino.Core().available_devices)}
+
+
+def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
+    """Compile for the CPU at a fixed batch; return executed layers as "Type precision" counts."""
+    operators(model)
+    core = openvino.Core()
+    with blaming(f"openvino cannot build {model.name}"):
+        graph = core.read_model(model)
+        if len(graph.inputs) != 1 or graph.inputs[0].partial_shape.rank != 4:
+            raise AgentError("bad-artifact", f"{model.name} must have one input of four dimensions")
+        shape = graph.inputs[0].partial_shape
+        shape[0] = options.batch
+        graph.reshape({graph.inputs[0]: shape})
+        compiled = core.compile_model(graph, "CPU", _properties(options))
+        _check(compiled, options)
+        exported = io.BytesIO()
+        compiled.export_model(exported)
+    out.write_bytes(exported.getbuffer())
+    return {"settings": _read_back(compiled), "layers": _layers(compiled)}
+
+
+def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
+    """Import a compiled model."""
+    # Mapped, not read: the blob would else be in memory twice while it is opened. "c" because
+    # OpenVINO takes only writable arrays; nothing is written to the file.
+    blob = np.memmap(engine, np.uint8, "c")
+    with blaming(f"openvino cannot open {engine.name}"):
+        tensor = openvino.Tensor(blob, shared_memory=True)
+        compiled = openvino.Core().import_model(tensor, "CPU", _properties(options))
+    shape, classes = _check(compiled, options)
+    settings = _read_back(compiled)
+    threads = settings["INFERENCE_NUM_THREADS"]
+    if threads != str(options.threads):
+        raise AgentError(
+            "usage", f"openvino runs with {threads} threads, asked were {options.threads}"
+        )
+    request = compiled.create_infer_request()
+    logits = compiled.outputs[0]
+
+    def call(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        # The images are read where they are; the logits are copied out, into host memory.
+        return cast(NDArray[np.float32], request.infer([images], share_inputs=True)[logits])
+
+    return Session(shape, classes, call, settings)
+
+
+def _properties(options: Options) -> dict[str, Any]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": options.threads,
+        # Without it OpenVINO runs a float model in bfloat16 where the processor can (AVX512-BF16,
+        # AMX): twice as fast, but then the row is not FP32.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+
+
+def _read_back(compiled: openvino.CompiledModel) -> dict[str, str]:
+    return {name: _text(compiled.get_property(name)) for name in _READ_BACK}
+
+
+def _text(value: object) -> str:
+    """Return a property as text; a type is printed as "<Type: 'float32'>"."""
+    return str(value.get_type_name()) if isinstance(value, openvino.Type) else str(value)
+
+
+def _layers(compiled: openvino.CompiledModel) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for layer in compiled.get_runtime_model().get_ops():
+        facts = layer.get_rt_info()
+        kind, precision = (facts[key].astype(str) for key in ("layerType", "runtimePrecision"))
+        if kind not in ("Const", "Input", "Output"):
+            counts[f"{kind} {precision}"] += 1
+    return dict(sorted(counts.items()))
+
+
+def _check(
+    compiled: openvino.CompiledModel, options: Options
+) -> tuple[tuple[int, int, int, int], int]:
+    ends = [
+        [(end.get_any_name(), _type(end), tuple(end.shape)) for end in side]
+        for side in (compiled.inputs, compiled.outputs)
+    ]
+    return check_contract(ends[0], ends[1], options)
+
+
+def _type(end: openvino.ConstOutput) -> str:
+    name = str(end.element_type.get_type_name())
+    return _TYPES.get(name, name)

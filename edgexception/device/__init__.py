@@ -1,0 +1,30 @@
+"""Devices as the host sees them: one call per verb of the agent, over some transport.
+
+The agent runs in a process of its own, here as a child: torch's threads cannot disturb it, and an
+engine that crashes or eats the memory takes down nothing else.
+"""
+
+from edgexception.device.contract import (
+    BuildRecord,
+    CpuFacts,
+    Device,
+    MemoryFacts,
+    ProbeRecord,
+    Progress,
+    RunRecord,
+    RuntimeFacts,
+)
+from edgexception.device.local import LocalDevice, local_device
+
+__all__ = [
+    "BuildRecord",
+    "CpuFacts",
+    "Device",
+    "LocalDevice",
+    "MemoryFacts",
+    "ProbeRecord",
+    "Progress",
+    "RunRecord",
+    "RuntimeFacts",
+    "local_device",
+]

@@ -1,0 +1,128 @@
+"""What a device is to the host, and what the verbs of its agent answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of something that takes long; `left_s` is None while it cannot be told."""
+
+    what: str
+    done: int
+    total: int
+    left_s: float | None
+
+
+class Device(Protocol):
+    """A machine with an agent."""
+
+    @property
+    def name(self) -> str:
+        """The device's name in messages and reports."""
+        ...
+
+    def call(
+        self,
+        verb: str,
+        request: Mapping[str, Any],
+        files: Mapping[str, Path],
+        out: Path,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> dict[str, Any]:
+        """Let the agent answer one request; return its record, its files lie in the folder `out`.
+
+        `files` are the request's files by the plain names that `request` uses. The record has one
+        field more than the agent sent: `log`, the last lines the runtime printed. Raises the
+        EdgexError of the agent's fault; `out` is not touched then.
+        """
+        ...
+
+
+class Facts(BaseModel):
+    """Base of the agent's records: a field that is missing or not known is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CpuFacts(Facts):
+    """The processor, as far as the agent's process may use it."""
+
+    model: str | None
+    logical_cpus: int
+    physical_cores: int
+    quota_cpus: float | None
+    usable_cores: Annotated[int, Field(ge=1)]
+    flags: list[str]
+    vnni: bool
+
+
+class MemoryFacts(Facts):
+    """Memory in bytes."""
+
+    total_bytes: int | None
+    available_bytes: int | None
+
+
+class RuntimeFacts(Facts):
+    """A runtime that can be used (version, devices), or the reason it cannot (missing)."""
+
+    version: str | None = None
+    devices: list[str] = Field(default_factory=list)
+    missing: str | None = None
+
+
+class ProbeRecord(Facts):
+    """What `probe` answers."""
+
+    arch: str
+    system: str
+    python: str
+    board: str | None
+    cpu: CpuFacts
+    memory: MemoryFacts
+    numpy: str
+    runtimes: dict[str, RuntimeFacts]
+    log: list[str] = Field(default_factory=list)
+
+
+class EngineRecord(Facts):
+    """What `build` and `run` both answer."""
+
+    runtime: str
+    versions: dict[str, str]
+    batch: int
+    threads: int
+    settings: dict[str, Any]
+    """What the runtime was told or says of itself."""
+    log: list[str] = Field(default_factory=list)
+    """The last lines the runtime printed; the transport adds them."""
+
+
+class BuildRecord(EngineRecord):
+    """What `build` answers."""
+
+    layers: dict[str, int]
+    """Layers as executed. ONNX Runtime: operators of the optimized graph, "domain:Type" where the
+    domain is not ONNX's. OpenVINO: "Type precision"."""
+    engine: str
+    engine_bytes: int
+    seconds: float
+
+
+class RunRecord(EngineRecord):
+    """What `run` answers, beside its files."""
+
+    import_s: float
+    open_s: float
+    warmup_iterations: int
+    peak_rss_bytes: int | None
+
+
+RECORDS: dict[str, type[Facts]] = {"probe": ProbeRecord, "build": BuildRecord, "run": RunRecord}
