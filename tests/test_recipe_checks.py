@@ -1,0 +1,117 @@
+"""Rules between the sections of a recipe, and between a recipe and the targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from recipe_texts import GOOD, edited, faults, write
+
+from edgexception import recipe_checks, targets
+from edgexception.errors import UsageError
+from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, Recipe
+from edgexception.recipe_checks import check_recipe
+from edgexception.recipe_file import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "name", "word"),
+    [
+        ("calibration:\n  source: {kind: photos, path: photos/calibration}\n  images: 64\n", "", 8,
+         "quantize", "add a `calibration:` section"),
+        ("ranges: percentile", "ranges: mse", 11, "quantize.percentile", "has no effect"),
+        ("quantize: {method: ptq, ranges: percentile, percentile: 99.9}\n", "", 12,
+         "targets[0].precisions", "nothing is quantized"),
+        ('"no"', "boot", 5, "model.classes[1]", "listed twice"),
+        ("    runtimes: [onnxruntime, openvino]", "    runtimes: [openvino, openvino]", 14,
+         "targets[0].runtimes[1]", "listed twice"),
+        ("    runtimes: [onnxruntime, openvino]", "    runtimes: [onnx-runtime]", 14,
+         "targets[0].runtimes[0]", "did you mean onnxruntime?"),
+        ("    runtimes: [onnxruntime, openvino]",
+         "    runtimes: [openvino]\n    precisions: [fp32, fp32, int8]", 15,
+         "targets[0].precisions[1]", "listed twice"),
+        ("target: cpu-x86", "target: cpux86", 13, "targets[0].target", "did you mean cpu-x86?"),
+        ("bench:", "  - {target: cpu-x86, runtimes: [openvino]}\nbench:", 15,
+         "targets[1].target", "already targets[0]"),
+        ("[1, 8]", "[1, 8, 1]", 15, "bench.batch_sizes[2]", "listed twice"),
+        ("targets:\n  - target: cpu-x86\n    runtimes: [onnxruntime, openvino]\n", "", 12,
+         "bench", "nothing to measure"),
+        ("bench: {batch_sizes: [1, 8]}\n", "", 15, "gates.speedup_min", "add a `bench:` section"),
+        ("evaluation:\n  source: {kind: folder, path: photos/test}\n", "", 14,
+         "gates.top1_drop_max", "add an `evaluation:` section"),
+        ("{kind: folder, path: photos/test}", "{kind: photos, path: photos/test}", 16,
+         "gates.top1_drop_max", "photos have no labels"),
+        ("    runtimes: [onnxruntime, openvino]",
+         "    runtimes: [onnxruntime]\n    precisions: [fp32]", 17,
+         "gates.speedup_min", "no target builds one"),
+        ("    runtimes: [onnxruntime, openvino]",
+         "    runtimes: [onnxruntime]\n    precisions: [int8]", 17,
+         "gates.speedup_min", "add fp32"),
+        ("{kind: folder, path: photos/test}", "{kind: photos, path: photos/calibration}", 7,
+         "calibration.source", "would flatter"),
+        ("  classes:", "  preprocess: {input_size: [71, 71], crop_fraction: 0.9}\n  classes:", 5,
+         "model.preprocess.crop_fraction", "has no effect"),
+    ],
+)  # fmt: skip
+def test_sections_must_fit_together(
+    tmp_path: Path, old: str, new: str, line: int, name: str, word: str
+) -> None:
+    lines = faults(tmp_path, edited(old, new))
+    assert any(row.startswith(f"{line}: {name}: ") and word in row for row in lines), lines
+
+
+def test_training_needs_labels_and_classes(tmp_path: Path) -> None:
+    text = """\
+name: a
+model:
+  kind: train
+  source: {kind: photos, path: p}
+  preprocess: {input_size: [32, 32]}
+  architecture: {head: []}
+"""
+    first, second = faults(tmp_path, text)
+    assert first.startswith("4: model.source.kind: photos have no labels")
+    assert second.startswith("6: model.architecture.head: is empty")
+    digits = text.replace("photos, path: p", "digits, split: test").replace(
+        "head: []", "head: [10]"
+    )
+    (leak,) = faults(tmp_path, digits + "evaluation: {source: {kind: digits, split: test}}\n")
+    assert leak.startswith("4: model.source: is the evaluation's source")
+
+
+def test_rules_between_valid_sections_are_checked_beside_a_broken_one(tmp_path: Path) -> None:
+    text = edited("name: shoes", "name: Shoes").replace('"no"', "3").replace("[1, 8]", "[1, 1]")
+    text = text.replace("[onnxruntime, openvino]", "[onnxruntim]")
+    assert [row.split(": ")[1] for row in faults(tmp_path, text)] == [
+        "name", "model.classes[1]", "targets[0].runtimes[0]", "bench.batch_sizes[1]",
+    ]  # fmt: skip
+
+
+def test_a_misspelt_section_is_not_also_reported_as_absent(tmp_path: Path) -> None:
+    (line,) = faults(tmp_path, edited("calibration:\n", "calibraton:\n"))
+    assert "did you mean calibration?" in line
+
+
+def test_an_asymmetric_plan_needs_a_dialect_that_can_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    symmetric_only = targets.load_dialects()["tensorrt"]
+    assert symmetric_only.activations == ("symmetric",)
+    monkeypatch.setattr(recipe_checks, "find_dialect", lambda *_: symmetric_only)
+    lines = faults(tmp_path, GOOD)
+    assert lines[0].startswith("14: targets[0].runtimes[0]: onnxruntime cannot express asymmetric")
+    load_recipe(write(tmp_path, edited("method: ptq", "method: ptq, activations: symmetric")))
+
+
+def test_a_recipe_of_a_command_line_is_checked_too() -> None:
+    recipe = Recipe(
+        name="a",
+        model=CheckpointModel(kind="checkpoint", path=Path("a.keras")),
+        quantize=PtqSpec(method="ptq"),
+        bench=BenchSpec(batch_sizes=(2, 2)),
+    )
+    with pytest.raises(UsageError) as error:
+        check_recipe(recipe)
+    assert [line.split(": ")[0] for line in str(error.value).split("\n")] == [
+        "quantize", "bench.batch_sizes[1]", "bench",
+    ]  # fmt: skip
