@@ -46,12 +46,13 @@ def operators(path: Path) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     name = path.name
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            with memoryview(content) as message:
-                _walk(message, "Model", counts, name, 0)
-        except (IndexError, UnicodeDecodeError) as error:
-            raise AgentError("bad-artifact", f"{name} is broken or not an ONNX file") from error
+    with path.open("rb") as file:
+        # Not closed by hand: the traceback of a fault still holds views of it.
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        _walk(content, "Model", counts, name, 0)
+    except (IndexError, UnicodeDecodeError) as error:
+        raise AgentError("bad-artifact", f"{name} is broken or not an ONNX file") from error
     if not counts:
         raise AgentError("bad-artifact", f"{name} is not an ONNX file: it has no operator")
     return dict(sorted(counts.items()))

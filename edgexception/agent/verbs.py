@@ -145,6 +145,8 @@ def open_images(path: Path, shape: tuple[int, int, int, int]) -> NDArray[np.uint
         raise AgentError(
             "bad-artifact", f"{path.name} is not a readable .npy file: {reason}"
         ) from error
+    if not images.size:
+        raise AgentError("bad-artifact", f"{path.name} holds no images: it is {images.shape}")
     wanted = shape[1:]
     if images.dtype != np.uint8 or images.shape[1:] != wanted or not images.flags.c_contiguous:
         raise AgentError(

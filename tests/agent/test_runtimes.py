@@ -1,0 +1,232 @@
+"""Both runtimes, really built and run, through the device as every stage uses them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from tiny_engine import CLASSES, SIDE, tiny_images, tiny_logits, tiny_model
+
+from edgexception.agent.runtimes import ENGINE_FILES
+from edgexception.device import BuildRecord, RunRecord, local_device
+from edgexception.errors import BadArtifact, EdgexError, UsageError
+
+RUNTIMES = tuple(ENGINE_FILES)
+SHORT = {"warmup_ms": 5, "duration_ms": 20, "min_iterations": 12}
+
+
+def build(model: Path, runtime: str, out: Path, batch: int = 4) -> BuildRecord:
+    request = {"runtime": runtime, "model": "model.onnx", "batch": batch, "threads": 1}
+    record = local_device().call("build", request, {"model.onnx": model}, out)
+    return BuildRecord.model_validate(record)
+
+
+def run(runtime: str, engine: Path, out: Path, **changes: Any) -> RunRecord:
+    images = changes.pop("images", None)
+    files = {engine.name: engine} | ({} if images is None else {"images.npy": images})
+    request: dict[str, Any] = {"runtime": runtime, "engine": engine.name, "batch": 4, "threads": 1}
+    request |= {"images": None if images is None else "images.npy", "timing": None, **changes}
+    return RunRecord.model_validate(local_device().call("run", request, files, out))
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def built(
+    request: pytest.FixtureRequest, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("built") / "engine"
+    record = build(tiny_onnx, request.param, out)
+    return request.param, out / record.engine
+
+
+@pytest.fixture(scope="module")
+def other(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An engine of each runtime, to be given to the other one."""
+    out = tmp_path_factory.mktemp("other")
+    return {name: out / name / build(tiny_onnx, name, out / name).engine for name in RUNTIMES}
+
+
+def saved(path: Path, images: np.ndarray[Any, Any]) -> Path:
+    np.save(path, images)
+    return path
+
+
+def test_the_build_record_says_what_was_built(built: tuple[str, Path], tiny_onnx: Path) -> None:
+    runtime, engine = built
+    record = build(tiny_onnx, runtime, engine.parent.parent / "again")
+    assert record.runtime == runtime
+    assert (record.batch, record.threads) == (4, 1)
+    assert record.engine_bytes == engine.stat().st_size > 100
+    assert set(record.versions) == {runtime, "numpy"}
+    if runtime == "openvino":
+        assert record.settings["INFERENCE_PRECISION_HINT"] == "f32", "never bfloat16 in silence"
+        assert any(layer.startswith("Convolution") for layer in record.layers)
+        assert not any(layer.endswith("bf16") for layer in record.layers)
+    else:
+        assert any(layer.endswith("Conv") for layer in record.layers)
+
+
+def test_a_build_is_repeatable(built: tuple[str, Path], tiny_onnx: Path, tmp_path: Path) -> None:
+    runtime, engine = built
+    build(tiny_onnx, runtime, tmp_path / "again")
+    again = (tmp_path / "again" / engine.name).read_bytes()
+    assert hashlib.sha256(again).digest() == hashlib.sha256(engine.read_bytes()).digest()
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_logits_are_those_of_numpy_for_any_number_of_images(
+    built: tuple[str, Path], tmp_path: Path, count: int
+) -> None:
+    """The last batch is filled up and cut: 1 and 9 images are no multiple of 4."""
+    runtime, engine = built
+    images = tiny_images(count)
+    run(runtime, engine, tmp_path / "out", images=saved(tmp_path / "i.npy", images))
+    logits = np.load(tmp_path / "out/logits.npy")
+    assert logits.dtype == np.float32
+    assert logits.shape == (count, CLASSES)
+    np.testing.assert_allclose(logits, tiny_logits(images), atol=2e-4)
+
+
+def test_onnxruntime_opens_its_engine_to_the_bits_of_the_model(
+    tiny_onnx: Path, other: dict[str, Path], tmp_path: Path
+) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    images = tiny_images(4)
+    path = saved(tmp_path / "i.npy", images)
+    run("onnxruntime", other["onnxruntime"], tmp_path / "out", images=path)
+    session = ort.InferenceSession(str(tiny_onnx), providers=["CPUExecutionProvider"])
+    direct = session.run(["logits"], {"images": images})[0]
+    np.testing.assert_array_equal(np.load(tmp_path / "out/logits.npy"), direct)
+
+
+def test_a_run_leaves_every_raw_time_and_telemetry(built: tuple[str, Path], tmp_path: Path) -> None:
+    runtime, engine = built
+    record = run(runtime, engine, tmp_path / "out", timing=SHORT)
+    times = np.load(tmp_path / "out/times_ns.npy")
+    assert times.dtype == np.int64
+    assert len(times) >= 12
+    assert (times > 0).all()
+    samples = json.loads((tmp_path / "out/telemetry.json").read_text())
+    assert len(samples) >= 2
+    assert samples[-1]["t_ns"] - samples[0]["t_ns"] >= 20_000_000
+    assert record.warmup_iterations >= 1
+    assert not (tmp_path / "out/logits.npy").exists()
+
+
+def test_the_peak_memory_is_the_engines_not_the_hosts(
+    built: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Linux counts the parent's size into the child's ru_maxrss; a host with torch is large."""
+    runtime, engine = built
+    ballast = np.ones(600 << 20, np.uint8)
+    record = run(runtime, engine, tmp_path / "out", timing=SHORT)
+    assert record.peak_rss_bytes is not None
+    assert 20 << 20 < record.peak_rss_bytes < 300 << 20 < ballast.nbytes
+
+
+def damaged(path: Path, content: bytes, how: str) -> Path:
+    half = len(content) // 2
+    kinds = {
+        "cut in half": content[:half],
+        "cut at its end": content[:-3],
+        "cut to its start": content[:40],
+        "garbage": np.random.default_rng(0).bytes(5000),
+        "zeros": bytes(5000),
+        "text": b"<html>404 not found</html>",
+    }
+    path.write_bytes(kinds[how])
+    return path
+
+
+@pytest.mark.parametrize(
+    "how", ["cut in half", "cut at its end", "cut to its start", "garbage", "zeros", "text"]
+)
+def test_a_damaged_engine_is_refused(built: tuple[str, Path], tmp_path: Path, how: str) -> None:
+    runtime, engine = built
+    bad = damaged(tmp_path / engine.name, engine.read_bytes(), how)
+    with pytest.raises(BadArtifact, match=engine.name) as caught:
+        run(runtime, bad, tmp_path / "out", timing=SHORT)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_engine_of_another_runtime_is_refused(
+    runtime: str, other: dict[str, Path], tmp_path: Path
+) -> None:
+    stranger = other["openvino" if runtime == "onnxruntime" else "onnxruntime"]
+    with pytest.raises(BadArtifact, match=stranger.name):
+        run(runtime, stranger, tmp_path / "out", timing=SHORT)
+
+
+def test_another_batch_than_the_engines_is_refused(built: tuple[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="built for batch 4, the request says 2"):
+        run(*built, tmp_path / "out", timing=SHORT, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((2, SIDE, SIDE, 3), np.float32), "float32"),
+        (np.zeros((2, 3, SIDE, SIDE), np.uint8), r"\(2, 3, 12, 12\)"),
+        (np.zeros((SIDE, SIDE, 3), np.uint8), "takes uint8"),
+        (np.zeros((0, SIDE, SIDE, 3), np.uint8), "holds no images|not a readable"),
+        (np.asfortranarray(np.zeros((2, SIDE, SIDE, 3), np.uint8)), "C order"),
+        (np.array([{"a": 1}, None], dtype=object), "not a readable .npy"),
+    ],
+)
+def test_images_the_engine_cannot_take_are_refused(
+    other: dict[str, Path], tmp_path: Path, images: np.ndarray[Any, Any], says: str
+) -> None:
+    path = saved(tmp_path / "i.npy", images)
+    with pytest.raises(BadArtifact, match=says):
+        run("onnxruntime", other["onnxruntime"], tmp_path / "out", images=path)
+
+
+@pytest.mark.parametrize("how", ["header only", "npz", "text", "huge"])
+def test_files_that_are_no_images_are_refused(
+    other: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    path = saved(tmp_path / "i.npy", tiny_images(2))
+    content = path.read_bytes()
+    if how == "npz":
+        np.savez(tmp_path / "z.npz", tiny_images(2))
+        content = (tmp_path / "z.npz").read_bytes()
+    changed = {
+        "header only": content[:128],
+        "npz": content,
+        "text": b"hello",
+        "huge": content.replace(b"(2, 12,", b"(999999999999, 12,"),
+    }[how]
+    path.write_bytes(changed)
+    with pytest.raises(BadArtifact, match=r"not a readable \.npy file"):
+        run("onnxruntime", other["onnxruntime"], tmp_path / "out", images=path)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("fault", ["output name", "input type", "unknown operator", "external"])
+def test_a_model_that_breaks_the_contract_is_not_built(
+    runtime: str, fault: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    if fault == "output name":
+        model.graph.node[-1].output[0] = model.graph.output[0].name = "probabilities"
+    elif fault == "input type":
+        model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    elif fault == "unknown operator":
+        model.graph.node[2].op_type = "Convolve"
+    onnx.save_model(
+        model,
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=fault == "external",
+        location="weights.bin",
+        size_threshold=0,
+    )
+    with pytest.raises(EdgexError) as caught:
+        build(tmp_path / "m.onnx", runtime, tmp_path / "out")
+    assert isinstance(caught.value, BadArtifact)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,65 @@
+"""Fakes, each with what it stands for.
+
+The hostile agents below stand for an agent on a device nobody controls: they are real child
+processes that speak the protocol wrongly, because no honest agent can be made to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgexception.device import LocalDevice, Progress
+
+_PRELUDE = """
+import json, os, pathlib, signal, sys, time
+verb, asked, answered = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+FACTS = {"arch": "x", "system": "x", "python": "3", "board": None, "numpy": "1", "runtimes": {},
+         "cpu": {"model": None, "logical_cpus": 1, "physical_cores": 1, "quota_cpus": None,
+                 "usable_cores": 1, "flags": [], "vnni": False},
+         "memory": {"total_bytes": None, "available_bytes": None}}
+def respond(content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (answered / "response.json").write_text(text)
+def well(**changes):
+    respond({"protocol": 1, "ok": True, "record": FACTS, "files": {}, **changes})
+"""
+
+
+def agent_that(behaves: str) -> LocalDevice:
+    """A local device whose agent is this Python text, after a prelude with `respond` and `well`."""
+    return LocalDevice(name="fake", command=(sys.executable, "-c", _PRELUDE + behaves))
+
+
+class ScriptedDevice:
+    """A device that answers `run` at once with prepared arrays and notes what it was asked.
+
+    It stands for a device whose times and logits a test must know beforehand.
+    """
+
+    name = "scripted"
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.arrays = arrays
+        self.requests: list[Mapping[str, Any]] = []
+
+    def call(
+        self,
+        verb: str,
+        request: Mapping[str, Any],
+        files: Mapping[str, Path],
+        out: Path,
+        progress: Any = None,
+    ) -> dict[str, Any]:
+        self.requests.append({"verb": verb, **request, "source": files[request["engine"]]})
+        out.mkdir(parents=True)
+        for name, array in self.arrays.items():
+            np.save(out / name, array)
+        if progress is not None:
+            progress(Progress("run", 1, 1, 0.0))
+        return {"log": []}
