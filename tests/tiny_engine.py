@@ -43,4 +43,5 @@ def tiny_images(count: int, seed: int = 0) -> NDArray[np.uint8]:
 def tiny_logits(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     """The network in numpy, float64: the mean over positions commutes with the convolution."""
     windows = np.lib.stride_tricks.sliding_window_view(images.astype(np.float64), (3, 3), (1, 2))
-    return np.einsum("nyxcij,kcij->nk", windows, WEIGHT) / (SIDE - 2) ** 2
+    logits: NDArray[np.float64] = np.einsum("nyxcij,kcij->nk", windows, WEIGHT) / (SIDE - 2) ** 2
+    return logits

@@ -46,6 +46,9 @@ class Telemetry:
                 "t_ns": time.monotonic_ns(),
                 "cpu_mhz": self._mhz(),
                 "load_1min": os.getloadavg()[0],
+                # Threads that wait in a spin use it whole: less than wall time x threads means
+                # that others had the cores.
+                "process_cpu_ns": time.process_time_ns(),
                 "celsius": self._celsius(),
                 "rss_bytes": memory_bytes("VmRSS"),
                 "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ def measure_latency(
     """Return per engine key the raw times of every round, in ns: one iteration is one batch.
 
     Round 1 of every engine comes first, then round 2, so that a machine that gets slower meanwhile
-    does so for all; each round starts with another engine. The raw files and telemetry of each
-    run stay in `work`/round-N-engine-M. `spec.batch_sizes` is not looked at: an engine has one.
+    does so for all; each round starts with another engine. The raw files, the telemetry and
+    the record of each run stay in `work`/round-N-engine-M. `spec.batch_sizes` is not looked at:
+    an engine has one.
 
     Raises MeasurementInvalid for times that cannot be, and what the agent refuses.
     """
@@ -105,7 +107,7 @@ def _run(
     timing: dict[str, int] | None = None,
     images: Path | None = None,
     progress: Report | None = None,
-) -> dict[str, Any]:
+) -> None:
     name = f"engine{engine.path.suffix}"
     files = {name: engine.path}
     if images is not None:
@@ -118,7 +120,8 @@ def _run(
         "images": None if images is None else "images.npy",
         "timing": timing,
     }
-    return device.call("run", request, files, out, progress)
+    record = device.call("run", request, files, out, progress)
+    (out / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def _times(out: Path, key: str, spec: BenchSpec) -> Times:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny_engine import CLASSES, tiny_images, tiny_logits
 
 from edgexception.bench.protocol import Engine, measure_latency, run_images
 from edgexception.bench.statistics import LatencySummary, ratio_of_medians
-from edgexception.device import Progress, local_device
+from edgexception.device import Progress, RunRecord, local_device
 from edgexception.errors import BadArtifact, MeasurementInvalid, UsageError
 from edgexception.recipe import BenchSpec
 
@@ -103,6 +104,8 @@ def test_both_runtimes_measured_for_real(tiny_onnx: Path, tmp_path: Path) -> Non
         built.append(Engine(runtime, runtime, out / record["engine"], 2, 1))
     spec = BenchSpec(warmup_ms=5, duration_ms=30, min_iterations=10, rounds=2)
     raw = measure_latency(built, spec, device, tmp_path / "bench")
+    kept = json.loads((tmp_path / "bench/round-1-engine-2/record.json").read_text())
+    assert RunRecord.model_validate(kept).runtime == "openvino"
     summaries = {key: LatencySummary.of(rounds) for key, rounds in raw.items()}
     assert all(0.0 < found.min_ms < 50.0 for found in summaries.values())
     assert all(found.iterations >= 20 for found in summaries.values())
