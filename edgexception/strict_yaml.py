@@ -9,6 +9,7 @@ control characters, and every unquoted word that YAML 1.1 and 1.2 read different
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import stat
@@ -260,8 +261,7 @@ def _number_or_text(text: str) -> int | float | str:
             raise ValueError("is too large for a number; no field takes that")
         return number
     # Text in YAML 1.2 unless it is in OTHER_NUMBER. What is it in YAML 1.1?
-    resolver: Any = yaml.SafeLoader("")
-    kind = resolver.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
+    kind = _yaml11().resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
     if kind == "merge":
         raise ValueError("merge keys (<<) are not read; write the fields themselves")
     if kind in ("int", "float") or OTHER_NUMBER.fullmatch(text):
@@ -273,6 +273,12 @@ def _number_or_text(text: str) -> int | float | str:
         }.get(kind, "quote the text")
         raise ValueError(f"is {quoted(text)}, which YAML readers disagree on; {remedy}")
     return text
+
+
+@functools.cache
+def _yaml11() -> Any:
+    """Return PyYAML's reader, whose rules for unquoted words are those of YAML 1.1."""
+    return yaml.SafeLoader("")
 
 
 def quoted(value: object) -> str:

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from edgexception.artifacts import Store, atomic_write, stage_key
+from edgexception.artifacts import Store, atomic_write, code_version, stage_key
 from edgexception.errors import OutOfResources, UsageError
 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
+from edgexception import artifacts
 from edgexception.artifacts import Store, stage_key
 
+# The parent's, so that a source file that is edited while the tests run changes no key.
+artifacts.code_version = lambda: sys.argv[5]
 root, start, last, kill_at = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 
 def write(seed):
@@ -40,7 +43,6 @@ def step(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if kill_at:
-    stage_key("stage", {})  # reads the package's sources
     sys.addaudithook(step)
 with Store(root) as store:
     print("ready", flush=True)
@@ -51,7 +53,7 @@ with Store(root) as store:
 
 
 def child(root: Path, start: int, last: int, kill_at: int = 0) -> subprocess.Popen[str]:
-    arguments = [str(root), str(start), str(last), str(kill_at)]
+    arguments = [str(root), str(start), str(last), str(kill_at), code_version()]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments],
         stdout=subprocess.PIPE,

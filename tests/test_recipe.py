@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +212,15 @@ model:
         "6: model.architecture: block5 ends with 8 channels but its shortcut carries 728: "
         "a middle block must keep the residual width"
     ]
+
+
+def test_reading_a_recipe_needs_no_workstation_package(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import edgexception.artifacts; "
+        "from edgexception.recipe_file import load_recipe; load_recipe(Path(sys.argv[1])); "
+        "print({'torch', 'nncf', 'onnx', 'onnxruntime', 'openvino', 'h5py'} & {*sys.modules})"
+    )
+    path = write(tmp_path, GOOD)
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
