@@ -63,3 +63,27 @@ class ScriptedDevice:
         if progress is not None:
             progress(Progress("run", 1, 1, 0.0))
         return {"log": []}
+
+
+def import_timm() -> Any:
+    """Import the real timm where torchvision's wheel of PyPI stands beside a CPU build of torch.
+
+    That wheel is compiled against CUDA's torch: its native library does not load here, and its
+    Python part then fails at import while it annotates two native operators. Only then their
+    schemas are declared, without implementation; everything else of torchvision and all of timm is
+    the real thing, and a call of either operator would raise.
+    """
+    import torch  # noqa: PLC0415 - the device side runs its tests without torch
+
+    try:
+        import torchvision  # noqa: F401, PLC0415
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor"
+            )
+    import timm  # noqa: PLC0415
+
+    return timm

@@ -227,9 +227,11 @@ def strings(handle: Any, name: str) -> list[str] | None:
         return None
     attribute = h5py.h5a.open(handle, name.encode())
     kind = attribute.get_type()
+    count = int(attribute.get_space().get_simple_extent_npoints())
+    if not count:
+        return []  # Keras writes the empty list as an array of no numbers.
     if kind.get_class() != h5py.h5t.STRING:
         raise ValueError(f"attribute '{name}' is no string")
-    count = int(attribute.get_space().get_simple_extent_npoints())
     if count > MOST_OBJECTS or count * kind.get_size() > MOST_ATTRIBUTE_BYTES:
         raise ValueError(f"attribute '{name}' is too large")
     values = np.empty(attribute.shape, dtype=attribute.dtype)
