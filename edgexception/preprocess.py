@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgexception.errors import BadArtifact
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL import Image
 
 MAX_RESIZED_PIXELS = 2**26
@@ -67,7 +67,9 @@ def to_input(photo: Image.Image, spec: Preprocess) -> npt.NDArray[np.uint8]:
 
     Raises BadArtifact for a photo so elongated that resizing its shorter side is out of bounds.
     """
-    from PIL import Image  # noqa: PLC0415  recipes and commands import this module without Pillow
+    # Recipes and commands import this module, and `edgex --help` does not wait for these two.
+    import numpy as np  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
 
     resampling = {
         "nearest": Image.Resampling.NEAREST,

@@ -239,7 +239,7 @@ def relative_name(text: str) -> str:
     Raises ValueError for what is absolute, climbs with `..` or cannot be a portable file name.
     """
     path = PurePosixPath(text)
-    windows = PureWindowsPath(text)
+    windows = PureWindowsPath(path.as_posix())  # after "." parts are gone: "./C:" is a drive, too
     if path.is_absolute() or windows.drive or windows.root:
         raise ValueError(f"the path {text[:200]!a} is absolute: write it relative to the manifest")
     if ".." in path.parts:

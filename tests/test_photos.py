@@ -71,6 +71,15 @@ def test_a_photo_cut_short_is_refused(kind, seed, data):
         decode_photo(whole[:cut], f"x{kind[1]}")
 
 
+def test_a_flipped_bit_anywhere_in_a_png_is_noticed():
+    whole = encoded(picture(6, 24, 20), "PNG")
+    for position in range(len(whole) - 12):  # behind that is only the end mark
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(PhotoError):
+            decode_photo(bytes(damaged), "x.png")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Image size")
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "GIF"]), st.data())

@@ -126,10 +126,10 @@ def test_a_sliver_is_refused_before_it_takes_gigabytes():
         to_input(Image.new("RGB", (1, 10_000)), spec)
 
 
-def test_importing_it_needs_neither_pillow_nor_torch():
+def test_importing_it_needs_no_heavy_package():
     code = (
         "import sys, edgexception.preprocess, edgexception.recipe;"
-        "sys.exit(bool({'PIL', 'torch', 'sklearn'} & sys.modules.keys()))"
+        "sys.exit(bool({'PIL', 'torch', 'numpy'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
