@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,32 @@ def test_the_real_agent_answers_probe(tmp_path: Path) -> None:
     assert facts.arch == os.uname().machine
     assert facts.cpu.usable_cores >= 1
     assert left_in(tmp_path) == ["out"], "the work folder is gone"
+
+
+def test_the_agent_comes_from_the_package_of_the_host(tmp_path: Path) -> None:
+    """Also where another copy of the package is installed for the same Python."""
+    package = Path(__file__).parents[1] / "edgexception"
+    shutil.copytree(package, tmp_path / "edgexception")
+    machine = tmp_path / "edgexception/agent/machine.py"
+    text = machine.read_text()
+    assert "platform.machine()" in text
+    machine.write_text(text.replace("platform.machine()", "'this copy'"))
+    adapter = tmp_path / "edgexception/agent/runtimes/ort.py"
+    adapter.write_text("raise ImportError('this copy, too')")
+    (tmp_path / "json.py").write_text("raise SystemExit('a module beside the package shadows')")
+    host = "from pathlib import Path; from edgexception.device import local_device; "
+    host += "print(local_device().call('probe', {}, {}, Path('out')))"
+    start = f"import json, sys; sys.path.insert(0, {str(tmp_path)!r}); {host}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", start],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'arch': 'this copy'" in done.stdout
+    assert "this copy, too" in done.stdout
 
 
 def test_request_and_files_arrive_and_the_answer_lies_in_out(tmp_path: Path) -> None:
@@ -299,14 +326,12 @@ def test_an_agent_killed_while_it_measures_is_out_of_resources(
 
 def test_a_progress_callback_that_raises_ends_the_agent(tmp_path: Path) -> None:
     device = agent_that("""
-print(os.getpid(), flush=True)
+(asked.parents[1] / "pid").write_text(str(os.getpid()))
 print('{"event": "progress", "what": "x", "done": 0, "total": 1, "left_s": null}', flush=True)
-(pathlib.Path(asked).parents[1] / "pid").write_text(str(os.getpid()))
 time.sleep(100)
 """)
 
     def progress(_: Progress) -> None:
-        wait_until((tmp_path / "pid").exists)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -30,7 +30,10 @@ _TIMING_BOUNDS = {
 
 _DESCRIBE = """
 import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+root, sys.path[:] = sys.argv[3], json.loads(sys.argv[1])
+sys.path.insert(0, root)
+import edgexception
+del sys.path[0]
 from edgexception.agent import runtimes
 from edgexception.agent.protocol import AgentError
 try:
@@ -47,10 +50,12 @@ def probe(request: Request, out: Path) -> None:
     Each runtime is imported in its own process: one that crashes the interpreter at import, as a
     wheel for another processor does, is reported as missing, not as the end of the probe.
     """
-    command = [sys.executable, "-I", "-c", _DESCRIBE, json.dumps(sys.path)]
+    start = [sys.executable, "-I", "-c", _DESCRIBE, json.dumps(sys.path)]
+    # The folder of the package, or the zipapp, that this very agent comes from.
+    root = str(Path(__file__).parents[2])
     children = {
         name: subprocess.Popen(  # noqa: S603 - our own interpreter and program
-            [*command, name],
+            [*start, name, root],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -31,11 +31,16 @@ LOG_LINES = 200
 # measurement without a trace in its record.
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")
 
-# The package's folder is appended, not put first: nothing beside it can then shadow a module.
-_START = (
-    "import sys, runpy; sys.path.append(sys.argv.pop(1)); "
-    "runpy.run_module('edgexception.agent', run_name='__main__', alter_sys=True)"
-)
+# The agent is to come from the very package that runs here, so its folder is first while it is
+# found, and last from then on: nothing else that lies beside it can shadow a module.
+_START = """
+import runpy, sys
+root = sys.argv.pop(1)
+sys.path.insert(0, root)
+import edgexception
+sys.path.append(sys.path.pop(0))
+runpy.run_module("edgexception.agent", run_name="__main__", alter_sys=True)
+"""
 
 
 def _agent_command() -> tuple[str, ...]:
