@@ -188,7 +188,9 @@ def test_a_slow_spell_that_hits_a_round_of_both_cancels() -> None:
     assert found.low <= 2.0 <= found.high
     assert found.high - found.low < 0.08
     crossed = ratio_of_medians(slow, [fast[1], fast[2], fast[0]])
-    assert crossed.high - crossed.low > 0.3, "unpaired rounds show their noise"
+    # The rounds' ratios are now 1.43, 2.55 and 2.2: rounds that disagree widen the interval.
+    assert crossed.low < 1.75
+    assert crossed.high > 2.3
 
 
 @QUICK
