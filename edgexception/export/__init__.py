@@ -1,0 +1,1 @@
+"""Export: one inference graph and one plan, written as ONNX for each runtime."""

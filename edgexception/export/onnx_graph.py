@@ -1,0 +1,283 @@
+"""Write an inference graph as ONNX, in float or with the Q/DQ nodes of a plan.
+
+Nodes and tensors carry the layer names of the graph. The input is the photo itself,
+uint8 `images` (batch, H, W, 3); normalization is already folded into the first convolution. The
+output is float32 `logits` (batch, classes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import fx, nn
+
+from edgexception import __version__
+from edgexception.errors import EdgexError
+from edgexception.export.dialects import Dialect, check_plan
+from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, module_of
+from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
+from edgexception.preprocess import Preprocess
+from edgexception.quantize.plan import ActivationQuant, QuantPlan
+from edgexception.quantize.simulate import quantize_weight
+
+FLOAT_OPSET = 17
+IR_VERSION = 10
+"""Readable by ONNX Runtime >= 1.18, OpenVINO >= 2024 and TensorRT >= 10."""
+BATCH = "batch"
+
+
+def to_onnx(
+    graph: fx.GraphModule,
+    preprocess: Preprocess,
+    classes: Sequence[str] | None,
+    *,
+    plan: QuantPlan | None = None,
+    dialect: Dialect | None = None,
+    batch: int | None = None,
+) -> onnx.ModelProto:
+    """Return `graph` as a checked ONNX model: float, or INT8 in the words of `dialect`.
+
+    `batch` None leaves the batch size open (a dimension named "batch"). Class names and
+    preprocessing go into `metadata_props`. Raises UsageError when the dialect cannot say the plan.
+    """
+    if (plan is None) != (dialect is None):
+        raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
+    if plan is not None and dialect is not None:
+        check_plan(plan, dialect)
+    writer = _Writer(graph, preprocess, plan, dialect)
+    outputs = writer.write()
+    height, width = preprocess.input_size
+    size: int | str = BATCH if batch is None else batch
+    proto = helper.make_graph(
+        writer.nodes,
+        "xception",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [size, height, width, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, outputs])],
+        writer.initializers,
+    )
+    opset = FLOAT_OPSET if dialect is None else dialect.opset
+    model = helper.make_model(
+        proto,
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", opset)],
+        producer_name="edgexception",
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, _metadata(preprocess, classes, plan, dialect))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _metadata(
+    preprocess: Preprocess,
+    classes: Sequence[str] | None,
+    plan: QuantPlan | None,
+    dialect: Dialect | None,
+) -> dict[str, str]:
+    props = {"edgexception.preprocess": preprocess.model_dump_json()}
+    if classes is not None:
+        props["edgexception.classes"] = json.dumps(list(classes), ensure_ascii=False)
+    if plan is not None and dialect is not None:
+        props["edgexception.dialect"] = dialect.name
+        props["edgexception.quantization"] = plan.provenance.model_dump_json()
+    return props
+
+
+class _Writer:
+    """Collects the nodes and initializers of one model while it walks the graph once."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        preprocess: Preprocess,
+        plan: QuantPlan | None,
+        dialect: Dialect | None,
+    ) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.dialect = dialect
+        self.sizes = _spatial_sizes(graph, preprocess)
+        self.weighted = layers(graph)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def write(self) -> int:
+        """Write every node; return the number of outputs per image."""
+        features = 0
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                self._input()
+            elif node.op == "call_module":
+                self._layer(node, module_of(self.graph, node))
+            elif node.op == "output":
+                logits = cast(fx.Node, node.args[0])
+                self.node("Identity", [self.read(logits, node)], "logits")
+                features = self.sizes[logits.name][1]
+            else:
+                raise EdgexError(f"node {node.name}: no ONNX form for {node.op} {node.target}")
+            self._quantize_output(node)
+        return features
+
+    # --- what a consumer reads
+
+    def grid(self, name: str) -> ActivationQuant | None:
+        """Return the plan's grid of a tensor, when this dialect writes it."""
+        grid = self.plan.activations.get(name) if self.plan else None
+        return grid if grid and self.dialect and grid.role in self.dialect.roles else None
+
+    def read(self, producer: fx.Node, consumer: fx.Node) -> str:
+        """Return the tensor that `consumer` reads: in float, or through the producer's Q/DQ."""
+        grid = self.grid(producer.name)
+        rounded = grid is not None and (grid.role == "output" or consumer.name in self.weighted)
+        return f"{producer.name}_dq" if rounded else producer.name
+
+    # --- nodes
+
+    def node(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str,
+        **attributes: int | Sequence[int] | float,
+    ) -> None:
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.initializers.append(numpy_helper.from_array(np.array(value, order="C"), name))
+        return name
+
+    def _input(self) -> None:
+        grid = self.grid(INPUT)
+        self.node("Transpose", ["images"], "images_nchw", perm=[0, 3, 1, 2])
+        if grid is not None and not grid.signed:
+            return  # uint8 with zero point 128 is the photo itself: no rounding, no node
+        self.node("Cast", ["images_nchw"], "images_float", to=TensorProto.FLOAT)
+        offset = self.constant("pixel_offset", np.float32(PIXEL_OFFSET))
+        self.node("Sub", ["images_float", offset], INPUT)
+
+    def _quantize_output(self, node: fx.Node) -> None:
+        grid = self.grid(node.name)
+        if grid is None:
+            return
+        name = node.name
+        kind = np.int8 if grid.signed else np.uint8
+        scale = self.constant(f"{name}_scale", np.float32(grid.scale))
+        zero = self.constant(f"{name}_zero_point", kind(grid.zero_point))
+        if node.op == "placeholder" and not grid.signed:
+            quantized = "images_nchw"
+        else:
+            quantized = f"{name}_q"
+            self.node("QuantizeLinear", [name, scale, zero], quantized)
+        self.node("DequantizeLinear", [quantized, scale, zero], f"{name}_dq")
+
+    def _layer(self, node: fx.Node, module: nn.Module) -> None:
+        inputs = [self.read(cast(fx.Node, argument), node) for argument in node.args]
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            inputs += self._weights(node, module)
+        for kind, write in _WRITERS.items():
+            if isinstance(module, kind):
+                write(self, node, module, inputs)
+                return
+        raise EdgexError(f"node {node.name}: no ONNX form for {type(module).__name__}")
+
+    def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
+        name = node.name
+        weight = layer.weight.detach()
+        bias = None if layer.bias is None else layer.bias.detach().numpy()
+        if self.plan is None or self.dialect is None:
+            names = [self.constant(f"{name}_weight", weight.numpy())]
+            return names if bias is None else [*names, self.constant(f"{name}_bias", bias)]
+        grid = self.plan.weights[name]
+        scales = np.array(grid.scales, dtype=np.float32)
+        names = [self._dequantized(f"{name}_weight", quantize_weight(weight, grid).numpy(), scales)]
+        if bias is None:
+            return names
+        if not self.dialect.integer_bias:
+            return [*names, self.constant(f"{name}_bias", bias)]
+        source = self.grid(cast(fx.Node, node.args[0]).name)
+        if source is None:
+            raise EdgexError(f"layer {name} has quantized weights but its input has no grid")
+        steps = (np.float32(source.scale) * scales).astype(np.float32)
+        integers = np.rint(bias.astype(np.float64) / steps)
+        if np.abs(integers).max(initial=0.0) >= 2**31:
+            raise EdgexError(f"layer {name}: its bias does not fit 32 bits at the plan's scales")
+        return [*names, self._dequantized(f"{name}_bias", integers.astype(np.int32), steps)]
+
+    def _dequantized(self, name: str, integers: np.ndarray, scales: np.ndarray) -> str:
+        quantized = self.constant(f"{name}_q", integers)
+        scale = self.constant(f"{name}_scale", scales)
+        zero = self.constant(f"{name}_zero_point", np.zeros(scales.shape, integers.dtype))
+        self.node("DequantizeLinear", [quantized, scale, zero], name, axis=0)
+        return name
+
+
+def _convolution(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
+    layer = cast(nn.Conv2d, module)
+    rows, columns = cast(tuple[int, int], layer.padding)
+    writer.node(
+        "Conv",
+        inputs,
+        node.name,
+        kernel_shape=list(layer.kernel_size),
+        strides=list(layer.stride),
+        pads=[rows, columns, rows, columns],
+        group=layer.groups,
+    )
+
+
+def _linear(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
+    writer.node("Gemm", inputs, node.name, transB=1)
+
+
+def _max_pool(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
+    height, width = writer.sizes[cast(fx.Node, node.args[0]).name][2:]
+    rows, columns = cast(MaxPoolSame, module).pads(height, width)
+    # The window of the last output may reach one past an even size: Keras's (0, 1).
+    ends = (height + 1) // 2 * 2 + 1 - height - rows, (width + 1) // 2 * 2 + 1 - width - columns
+    writer.node(
+        "MaxPool",
+        inputs,
+        node.name,
+        kernel_shape=[3, 3],
+        strides=[2, 2],
+        pads=[rows, columns, *ends],
+    )
+
+
+def _average_pool(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
+    writer.node("GlobalAveragePool", inputs, f"{node.name}_mean")
+    writer.node("Flatten", [f"{node.name}_mean"], node.name)
+
+
+_LayerWriter = Callable[[_Writer, fx.Node, nn.Module, list[str]], None]
+_WRITERS: Mapping[type[nn.Module], _LayerWriter] = {
+    nn.Conv2d: _convolution,
+    nn.Linear: _linear,
+    MaxPoolSame: _max_pool,
+    GlobalAveragePool: _average_pool,
+    nn.ReLU: lambda w, node, _, inputs: w.node("Relu", inputs, node.name),
+    nn.ELU: lambda w, node, _, inputs: w.node("Elu", inputs, node.name, alpha=1.0),
+    Add: lambda w, node, _, inputs: w.node("Add", inputs, node.name),
+}
+
+
+def _spatial_sizes(graph: fx.GraphModule, preprocess: Preprocess) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor at batch 1; pool padding depends on it."""
+    sizes: dict[str, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                sizes[n.name] = tuple(value.shape)
+            return value
+
+    with torch.inference_mode():
+        Shapes(graph).run(torch.zeros(1, 3, *preprocess.input_size))
+    return sizes

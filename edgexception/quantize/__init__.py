@@ -1,0 +1,1 @@
+"""Quantization: a float graph plus a `QuantPlan`."""

@@ -1,0 +1,105 @@
+"""The `QuantPlan`: what INT8 means for one network, as plain data.
+
+A quantized network is the float inference graph plus this plan; no runtime's notation is in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgexception.artifacts import canonical_json
+from edgexception.errors import BadArtifact
+
+Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ActivationQuant(_Data):
+    """Grid of one activation tensor: value = (q - zero_point) * scale, one grid per tensor."""
+
+    scale: Scale
+    zero_point: int
+    signed: bool
+    bits: Literal[8] = 8
+    role: Literal["input", "output"]
+    """input: layers with weights read it. output: a layer with weights writes it and only other
+    operations (add, pool) read it; runtimes that compute a layer only between quantized tensors
+    need it, the others keep it in float."""
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Lowest and highest integer of the grid."""
+        return (-128, 127) if self.signed else (0, 255)
+
+    @model_validator(mode="after")
+    def _zero_is_a_level(self) -> ActivationQuant:
+        low, high = self.levels
+        if not low <= self.zero_point <= high:
+            raise ValueError(f"zero_point {self.zero_point} is outside {low}...{high}")
+        return self
+
+
+class WeightQuant(_Data):
+    """Grid of one layer's weights: value = q * scales[output channel], zero point 0."""
+
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)]
+    bits: Literal[7, 8] = 8
+
+    @property
+    def limit(self) -> int:
+        """Largest |q|: 127, or 64 at 7 bits, where two products of uint8 x int8 fit 16 bits."""
+        return 127 if self.bits == 8 else 64
+
+
+class Provenance(_Data):
+    """How a plan came to be."""
+
+    method: str
+    activations: Literal["asymmetric", "symmetric"]
+    ranges: str
+    bias_correction: bool
+    images: int
+    calibration_digest: str
+    versions: dict[str, str]
+
+
+class QuantPlan(_Data):
+    """Grids of a network's activations (by the node that produces them) and weights (by layer)."""
+
+    schema_version: Literal[1] = 1
+    activations: dict[str, ActivationQuant]
+    weights: dict[str, WeightQuant]
+    provenance: Provenance
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every activation is int8 with zero point 0, as TensorRT needs."""
+        return all(a.signed and a.zero_point == 0 for a in self.activations.values())
+
+    def to_json(self) -> str:
+        """Return the plan as canonical JSON."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def load_plan(path: Path) -> QuantPlan:
+    """Read a plan file; raise BadArtifact naming the field when it is not one."""
+    try:
+        return QuantPlan.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = (
+            "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                for fault in error.errors()[:3]
+            )
+            if isinstance(error, ValidationError)
+            else str(error)
+        )
+        raise BadArtifact(
+            f"{path}: not a quantization plan ({reason}); make it again with `edgex quantize`"
+        ) from error

@@ -1,0 +1,130 @@
+"""INT8 post-training quantization: calibration images in, a plan and corrected biases out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from edgexception.errors import BadArtifact
+from edgexception.imageset import ImageSet
+from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, to_graph_input
+from edgexception.quantize.edges import input_edges, output_edges
+from edgexception.quantize.nncf_adapter import Calibrated, calibrate
+from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
+from edgexception.quantize.ranges import grid_of_range, observe
+from edgexception.recipe import PtqSpec
+
+BATCH = 8
+_BIAS_LIMIT = 2**30
+"""Largest |bias| in integer steps, well inside the int32 of the runtimes that quantize biases."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The float graph with corrected biases, and the plan that makes it INT8."""
+
+    graph: fx.GraphModule
+    plan: QuantPlan
+
+
+def quantize_ptq(
+    graph: fx.GraphModule, spec: PtqSpec, images: ImageSet, weight_bits: int
+) -> Quantized:
+    """Quantize an inference graph on calibration images; `graph` itself is not changed.
+
+    `weight_bits` is 8, or 7 for processors whose uint8 x int8 products saturate at 16 bits. Raises
+    BadArtifact naming the layer or tensor that is not finite.
+    """
+    symmetric = spec.activations == "symmetric"
+    histograms = observe(graph, output_edges(graph), _inputs(images))
+    found = calibrate(
+        graph,
+        _inputs(images),
+        symmetric=symmetric,
+        ranges=spec.ranges,
+        percentile=spec.percentile,
+        bias_correction=spec.bias_correction,
+    )
+    activations = {
+        edge: _activation(edge, found.ranges[edge], symmetric, "input")
+        for edge in input_edges(graph)
+    } | {
+        edge: _activation(
+            edge, histogram.range(spec.ranges, spec.percentile, symmetric), symmetric, "output"
+        )
+        for edge, histogram in histograms.items()
+    }
+    corrected = _with_biases(graph, found)
+    plan = QuantPlan(
+        activations=activations,
+        weights=_weights(corrected, found, activations, weight_bits),
+        provenance=Provenance(
+            method="ptq",
+            activations=spec.activations,
+            ranges=spec.ranges,
+            bias_correction=spec.bias_correction,
+            images=len(images),
+            calibration_digest=images.digest,
+            versions={name: version(name) for name in ("nncf", "torch")},
+        ),
+    )
+    return Quantized(corrected, plan)
+
+
+def _inputs(images: ImageSet) -> Iterator[torch.Tensor]:
+    for batch in images.batches(BATCH):
+        yield to_graph_input(torch.from_numpy(batch))
+
+
+def _activation(
+    edge: str, found: tuple[float, float], symmetric: bool, role: str
+) -> ActivationQuant:
+    if edge == INPUT:  # the photo's own integers
+        return ActivationQuant(
+            scale=1.0, zero_point=0 if symmetric else PIXEL_OFFSET, signed=symmetric, role="input"
+        )
+    if not all(np.isfinite(found)):
+        raise BadArtifact(
+            f"tensor {edge} has the range {found} on the calibration images: the checkpoint's "
+            "weights overflow there; check the preprocessing and the checkpoint"
+        )
+    scale, zero_point = grid_of_range(min(found[0], 0.0), max(found[1], 0.0), symmetric)
+    return ActivationQuant.model_validate(
+        {"scale": scale, "zero_point": zero_point, "signed": symmetric, "role": role}
+    )
+
+
+def _with_biases(graph: fx.GraphModule, found: Calibrated) -> fx.GraphModule:
+    corrected = copy.deepcopy(graph)
+    for name, layer in layers(corrected).items():
+        if name in found.biases:
+            layer.bias = nn.Parameter(found.biases[name], requires_grad=False)
+    return corrected
+
+
+def _weights(
+    graph: fx.GraphModule,
+    found: Calibrated,
+    activations: dict[str, ActivationQuant],
+    bits: int,
+) -> dict[str, WeightQuant]:
+    readers = {r: activations[edge] for edge, names in input_edges(graph).items() for r in names}
+    result = {}
+    for name, layer in layers(graph).items():
+        scales = np.array(found.weight_scales[name], dtype=np.float64)
+        if bits == 7:
+            scales *= 127 / 64
+        if layer.bias is not None:
+            # A channel with nearly no weights lets its scale grow until its bias fits 32 bits.
+            bias = np.abs(layer.bias.detach().double().numpy())
+            scales = np.maximum(scales, bias / (readers[name].scale * _BIAS_LIMIT))
+        result[name] = WeightQuant.model_validate(
+            {"scales": tuple(float(s) for s in np.float32(scales)), "bits": bits}
+        )
+    return result

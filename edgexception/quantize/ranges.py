@@ -1,0 +1,120 @@
+"""Ranges of activation tensors from calibration images: minmax, percentile and least squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgexception.errors import BadArtifact
+
+BINS = 4096
+
+
+class Histogram:
+    """Distribution of one tensor's values; its bins grow by doubling, so no second pass is needed."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(2 * BINS, dtype=np.int64)  # symmetric around zero
+        self.width = 0.0
+        self.low = np.inf
+        self.high = -np.inf
+
+    def add(self, values: torch.Tensor) -> None:
+        """Count `values` of any shape."""
+        low, high = (float(v) for v in torch.aminmax(values))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        peak = max(abs(low), abs(high))
+        if self.width == 0.0 and peak > 0.0:
+            self.width = peak / BINS
+        while peak > self.width * BINS:
+            merged = self.counts.reshape(BINS, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[BINS // 2 : BINS // 2 + BINS] = merged
+            self.width *= 2
+        if self.width:
+            limit = self.width * BINS
+            counts = torch.histc(values.float(), bins=2 * BINS, min=-limit, max=limit)
+            self.counts += counts.numpy().astype(np.int64)
+
+    def range(self, method: str, percentile: float, symmetric: bool) -> tuple[float, float]:
+        """Return the (low, high) to quantize, which always contains zero."""
+        if method == "minmax" or self.width == 0.0:
+            return min(self.low, 0.0), max(self.high, 0.0)
+        if method == "percentile":
+            return self._percentile(percentile)
+        return self._least_squared_error(symmetric)
+
+    @property
+    def _centers(self) -> np.ndarray:
+        return (np.arange(2 * BINS) - BINS + 0.5) * self.width
+
+    def _percentile(self, percentile: float) -> tuple[float, float]:
+        cumulative = np.cumsum(self.counts) / self.counts.sum()
+        share = percentile / 100.0
+        low = self._centers[int(np.searchsorted(cumulative, 1.0 - share))]
+        high = self._centers[min(int(np.searchsorted(cumulative, share)), 2 * BINS - 1)]
+        return max(min(low, 0.0), self.low), min(max(high, 0.0), max(self.high, 0.0))
+
+    def _least_squared_error(self, symmetric: bool) -> tuple[float, float]:
+        """Try shrunken ranges and keep the one with the least mean squared rounding and clipping error."""
+        used = self.counts > 0
+        values, counts = self._centers[used], self.counts[used]
+        full = min(self.low, 0.0), max(self.high, 0.0)
+        best, least = full, np.inf
+        for share in np.linspace(0.3, 1.0, 71):
+            low, high = full[0] * share, full[1] * share
+            scale, zero_point, limits = _grid(low, high, symmetric)
+            q = np.clip(np.round(values / scale) + zero_point, *limits)
+            error = float(((values - (q - zero_point) * scale) ** 2 * counts).sum())
+            if error < least:
+                best, least = (low, high), error
+        return best
+
+
+def _grid(low: float, high: float, symmetric: bool) -> tuple[float, int, tuple[int, int]]:
+    if symmetric:
+        return max(-low, high) / 127, 0, (-128, 127)
+    scale = (high - low) / 255
+    return scale, int(np.clip(np.round(-low / scale), 0, 255)), (0, 255)
+
+
+def grid_of_range(low: float, high: float, symmetric: bool) -> tuple[float, int]:
+    """Return (scale, zero_point) of the 8-bit grid over a range that contains zero.
+
+    A tensor that was zero on every image gets the scale 1: any grid is exact for it.
+    """
+    if low == high == 0.0:
+        return 1.0, 0
+    scale, zero_point, _ = _grid(low, high, symmetric)
+    return float(np.float32(scale)), zero_point
+
+
+def observe(
+    graph: fx.GraphModule, edges: Iterable[str], batches: Iterable[torch.Tensor]
+) -> dict[str, Histogram]:
+    """Run the float graph over `batches` of its input and return a histogram of every edge.
+
+    Raises BadArtifact naming the first tensor that is not finite.
+    """
+    histograms = {edge: Histogram() for edge in edges}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n.name in histograms:
+                if not torch.isfinite(value).all():
+                    raise BadArtifact(
+                        f"tensor {n.name} is not finite on the calibration images: the checkpoint's "
+                        "weights overflow there; check the preprocessing and the checkpoint"
+                    )
+                histograms[n.name].add(value)
+            return value
+
+    watch = Watch(graph)
+    with torch.inference_mode():
+        for batch in batches:
+            watch.run(batch)
+    return histograms
