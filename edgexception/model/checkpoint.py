@@ -103,9 +103,10 @@ def load_checkpoint(
         raise refuse(path, "it is nested too deep; no checkpoint is") from None
     # `file` and `sha256` are ours to say, whatever the file claims of itself.
     source = {**source, "file": path.name, "sha256": _sha256(path)}
-    names = classes if classes is not None else named
-    _check_classes(path, network.architecture, names)
-    return TrainedModel(network, names, preprocess or own, source)
+    # A wrong list is the caller's fault or the file's.
+    _check_classes(path, network.architecture, named, BadArtifact)
+    _check_classes(path, network.architecture, classes, UsageError)
+    return TrainedModel(network, named if classes is None else classes, preprocess or own, source)
 
 
 def save_checkpoint(model: TrainedModel, path: Path) -> None:
@@ -180,7 +181,7 @@ def _checked_kind(path: Path) -> str:
     """Return what the file is, by its suffix and its first bytes, which must agree."""
     wanted = _KIND_OF_SUFFIX.get(path.suffix.lower())
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; name a checkpoint ({_suffixes()})")
+        raise UsageError(f"{path}: there is no such file; name a checkpoint ({_suffixes()})")
     found = _sniffed(path)
     if wanted is None:
         raise UsageError(
@@ -207,7 +208,7 @@ def _suffixes() -> str:
 def _sniffed(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(64)
             if head.startswith(b"PK\x03\x04"):
                 # torch.save's first member is "<name>/data.pkl"; Keras's are config and weights.
                 file.seek(0)
@@ -222,16 +223,19 @@ def _sniffed(path: Path) -> str:
     return f"unknown (it starts with {head[:8].hex(' ')})" if head else "an empty file"
 
 
-def _check_classes(path: Path, architecture: Architecture, classes: tuple[str, ...] | None) -> None:
+def _check_classes(
+    path: Path,
+    architecture: Architecture,
+    classes: tuple[str, ...] | None,
+    fault: type[UsageError] | type[BadArtifact],
+) -> None:
     if classes is None:
         return
     outputs = architecture.classes
     if outputs is None:
-        raise UsageError(f"{path.name}: class names were given, and this network has no head")
+        raise fault(f"{path.name}: it comes with class names, and this network has no head")
     if len(classes) != outputs:
-        raise UsageError(
-            f"{path.name}: {len(classes)} class names for a network with {outputs} outputs"
-        )
+        raise fault(f"{path.name}: {len(classes)} class names for a network with {outputs} outputs")
 
 
 def _sha256(path: Path) -> str:

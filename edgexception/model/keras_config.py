@@ -13,6 +13,12 @@ LayerPath = tuple[str, ...]
 """Names from the outermost model down to the layer; () is the model itself."""
 
 CONTAINERS = frozenset({"Functional", "Model", "Sequential"})
+# Layers that compute nothing at inference.
+IDENTITIES = frozenset(
+    {"Dropout", "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "AlphaDropout"}
+    | {"ActivityRegularization", "RandomFlip", "RandomRotation", "RandomZoom"}
+    | {"RandomTranslation", "RandomContrast", "RandomBrightness"}
+)
 MOST_LAYERS = 5_000
 MOST_NESTING = 8
 
@@ -100,25 +106,25 @@ def _model(
     layers: dict[LayerPath, Layer],
 ) -> None:
     kind = entry.get("class_name")
-    where = printable("/".join(path)) or "the model"
+    where = f"'{printable('/'.join(path))}'" if path else "its model"
     if kind not in CONTAINERS:
         raise refuse(
             file,
-            f"'{where}' is of the class '{printable(kind)}'; only Functional and Sequential models "
+            f"{where} is of the class '{printable(kind)}'; only Functional and Sequential models "
             "describe their graph. Rebuild it as one of those and save that",
         )
     if len(path) > MOST_NESTING:
-        raise refuse(file, f"'{where}' is nested more than {MOST_NESTING} models deep")
+        raise refuse(file, f"{where} is nested more than {MOST_NESTING} models deep")
     config = entry.get("config")
     # Keras 2.2 and older wrote a Sequential's config as the list itself.
     body = {"layers": config} if isinstance(config, list) else _mapping(file, config, where)
     members = body.get("layers")
     if not isinstance(members, list) or not members:
-        raise refuse(file, f"'{where}' has no list of layers; the config is damaged")
+        raise refuse(file, f"{where} has no list of layers; the config is damaged")
     if len(layers) + len(members) > MOST_LAYERS:
         raise refuse(file, f"its config has more than {MOST_LAYERS} layers; no Xception has")
     layers[path] = Layer(path, str(kind), body, inputs, output=path)  # Reserves the place.
-    entries = [_mapping(file, member, f"a layer of '{where}'") for member in members]
+    entries = [_mapping(file, member, f"a layer of {where}") for member in members]
     names = [_name(file, member, where) for member in entries]
     if kind == "Sequential":
         children, output = _sequential(file, entries, names, path, layers)
@@ -132,7 +138,7 @@ def _name(file: Path, entry: dict[str, Any], where: str) -> str:
     config = entry.get("config")
     name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None)
     if not isinstance(name, str) or not name:
-        raise refuse(file, f"a layer of '{where}' has no name; the config is damaged")
+        raise refuse(file, f"a layer of {where} has no name; the config is damaged")
     return name
 
 
@@ -238,5 +244,5 @@ def _single(file: Path, outputs: object, where: str) -> LayerPath:
     """Return the one output layer: [name, 0, 0] (Keras 3) or [[name, 0, 0]] (Keras 2)."""
     found = list(_sources(outputs))
     if len(found) != 1:
-        raise refuse(file, f"'{where}' has {len(found)} outputs; an Xception classifier has one")
+        raise refuse(file, f"{where} has {len(found)} outputs; an Xception classifier has one")
     return (found[0],)

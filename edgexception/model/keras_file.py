@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 from pydantic import ValidationError
 
 from edgexception.model.archive import open_archive, read_member
-from edgexception.model.hdf5_file import Group, hdf5_faults, read_tree, strings
+from edgexception.model.hdf5_file import Group, read_tree
 from edgexception.model.keras_config import parse
 from edgexception.model.keras_graph import KerasXception, recognize
 from edgexception.model.keras_weights import (
@@ -73,50 +72,38 @@ def read_keras(path: Path) -> KerasFile:
     graph = parse(path, config)
     found = recognize(graph)
     version = metadata.get("keras_version") if isinstance(metadata, dict) else None
-    with hdf5_faults(path), h5py.File(io.BytesIO(weights), "r") as file:
-        tree = read_tree(path, file, _training_state(file))
-        layers = by_class(path, tree, graph)
-        modules = _located(path, found, layers)
+    with tempfile.TemporaryDirectory(prefix="edgexception-") as folder:
+        stored = Path(folder) / _WEIGHTS
+        stored.write_bytes(weights)
+        del weights
+        tree = read_tree(path, stored)
+        modules = _located(path, found, by_class(path, tree, graph))
         return _built(path, found, modules, tree, ("keras-v3", version))
 
 
 def read_keras_hdf5(path: Path) -> KerasFile:
     """Read a `.h5` file: a whole model with its config, or weights in either of two layouts."""
-    with hdf5_faults(path), h5py.File(path, "r") as file:
-        tree = read_tree(path, file, _training_state(file))
-        version = _first(tree, "keras_version")
-        if _TOPS & tree.groups.keys():
-            weights = list(by_class_alone(path, tree))
-            found, modules = _without_config(path, weights)
-            return _built(path, found, modules, tree, ("keras-weights-h5", version))
-        named = tree.groups.get("model_weights", tree)
-        version = version or _first(named, "keras_version")
-        layers = by_name(path, named)
-        if not layers:
-            raise refuse(
-                path,
-                f"it holds {listing(tree.groups) or 'nothing'} and none of Keras's layouts "
-                "('layer_names', 'model_weights' or 'layers')",
-            )
-        text = strings(tree.id, "model_config")
-        if text:
-            found = recognize(parse(path, _json(path, text[0].encode())))
-            modules = _located(path, found, dict(layers))
-            return _built(path, found, modules, named, ("keras-h5", version))
-        found, modules = _without_config(path, [weights for _, weights in layers])
-        return _built(path, found, modules, named, ("keras-h5-weights", version))
-
-
-def _training_state(file: h5py.File) -> frozenset[str]:
-    """Names at the top that belong to the optimizer and the metrics: they are not opened."""
-    names = {raw.decode("utf-8") for raw in list(file.id)}
-    tops = {name for name in names if name.split("\\")[0] in _TOPS}
-    return frozenset(names - tops) if tops else frozenset({"optimizer_weights"})
-
-
-def _first(group: Group, attribute: str) -> str | None:
-    values = strings(group.id, attribute)
-    return values[0] if values else None
+    tree = read_tree(path, path)
+    version = tree.text("keras_version")
+    if _TOPS & tree.groups.keys():
+        found, modules = _without_config(path, list(by_class_alone(path, tree)))
+        return _built(path, found, modules, tree, ("keras-weights-h5", version))
+    named = tree.groups.get("model_weights", tree)
+    version = version or named.text("keras_version")
+    layers = by_name(path, named)
+    if not layers:
+        raise refuse(
+            path,
+            f"it holds {listing(tree.groups) or 'nothing'} and none of Keras's layouts "
+            "('layer_names', 'model_weights' or 'layers')",
+        )
+    text = tree.text("model_config")
+    if text:
+        found = recognize(parse(path, _json(path, text.encode())))
+        modules = _located(path, found, dict(layers))
+        return _built(path, found, modules, named, ("keras-h5", version))
+    found, modules = _without_config(path, [weights for _, weights in layers])
+    return _built(path, found, modules, named, ("keras-h5-weights", version))
 
 
 def _json(path: Path, raw: bytes) -> object:

@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edgexception.errors import BadArtifact
-from edgexception.model.keras_config import KerasGraph, Layer, LayerPath
+from edgexception.model.keras_config import IDENTITIES, KerasGraph, Layer, LayerPath
 from edgexception.model.tensors import PAPER, Structure, module_of_dense, printable, refuse
 
-# Layers that compute nothing at inference.
-IDENTITIES = frozenset(
-    {"Dropout", "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "AlphaDropout"}
-    | {"ActivityRegularization", "RandomFlip", "RandomRotation", "RandomZoom"}
-    | {"RandomTranslation", "RandomContrast", "RandomBrightness"}
-)
 FLATTEN_REASON = (
     "ties the head to one input size, and Xception's head is a global average pool: train the head "
     "on GlobalAveragePooling2D"
@@ -51,6 +45,10 @@ class _Walk:
         self.output = graph.resolved(())
         self.users: dict[LayerPath, list[LayerPath]] = {path: [] for path in self.inputs}
         for path, sources in self.inputs.items():
+            kind = self.layer(path).kind
+            # So no loop can be reached from the input: Add's inputs are checked at every block.
+            if kind not in ("Add", "InputLayer") and len(sources) != 1:
+                raise self.fail(self.layer(path), f"has {len(sources)} inputs where one belongs")
             for source in sources:
                 self.users[source].append(path)
         self.epsilons: dict[float, str] = {}
@@ -317,10 +315,7 @@ class _Walk:
     # The head: pooling, then Dense, ReLU and Dropout.
 
     def _head(self, path: LayerPath) -> None:
-        if not self._ends(path):
-            layer = self._next(path, "GlobalAveragePooling2D")
-            self.expect(layer, keepdims=False, data_format="channels_last")
-            path = layer.path
+        path = self._pooling(path)
         dense: list[LayerPath] = []
         activation, dropout = "relu", 0.0
         while path != self.output:
@@ -348,6 +343,15 @@ class _Walk:
         for index, where in enumerate(dense):
             self.found.modules[module_of_dense(index, len(dense))] = where
 
+    def _pooling(self, path: LayerPath) -> LayerPath:
+        if self._ends(path):
+            return path
+        layer = self._next(path, "GlobalAveragePooling2D", "Flatten")
+        if layer.kind == "Flatten":
+            raise self.fail(layer, FLATTEN_REASON)
+        self.expect(layer, keepdims=False, data_format="channels_last")
+        return layer.path
+
     def _next_of_head(self, path: LayerPath, after_dense: bool) -> Layer:
         users = self.users[path]
         if len(users) != 1:
@@ -355,8 +359,7 @@ class _Walk:
         layer = self.layer(users[0])
         activation = layer.kind in ("Activation", "ReLU", "Softmax") and after_dense
         if not activation and layer.kind != "Dense" and layer.kind not in IDENTITIES:
-            reason = "is not supported in a head (none, or Dense, ReLU and Dropout)"
-            raise self.fail(layer, FLATTEN_REASON if layer.kind == "Flatten" else reason)
+            raise self.fail(layer, "is not supported in a head (none, or Dense, ReLU and Dropout)")
         return layer
 
     def _ends(self, path: LayerPath) -> bool:

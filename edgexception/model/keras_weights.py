@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgexception.model.hdf5_file import Group, string_list, strings
+from edgexception.model.hdf5_file import Group
 from edgexception.model.keras_config import CONTAINERS, KerasGraph, LayerPath
 from edgexception.model.tensors import StoredTensor, printable, refuse
 
@@ -76,7 +76,7 @@ def by_name(path: Path, tree: Group) -> list[tuple[LayerPath, LayerWeights]]:
     `layer_names`.
     """
     found: dict[LayerPath, dict[str, StoredTensor]] = {}
-    for top in string_list(tree.id, "layer_names"):
+    for top in tree.attributes.get("layer_names", []):
         group = tree.find(top)  # A name with "/" is a path, as h5py reads it.
         if group is None:
             raise refuse(path, f"the weights of layer '{printable(top)}' are missing")
@@ -97,7 +97,7 @@ def by_name(path: Path, tree: Group) -> list[tuple[LayerPath, LayerWeights]]:
 
 
 def _weight_names(group: Group) -> list[str]:
-    return [name for name in string_list(group.id, "weight_names") if not is_seed(name)]
+    return [name for name in group.attributes.get("weight_names", []) if not is_seed(name)]
 
 
 def _parse(path: Path, name: str) -> tuple[str, str]:
@@ -197,8 +197,7 @@ def _numbered(group: Group, name: str) -> list[Group]:
 
 def _stored_name(group: Group) -> str | None:
     variables = group.groups.get("vars")
-    names = strings(variables.id, "name") if variables is not None else None
-    return names[0] if names else None
+    return variables.text("name") if variables is not None else None
 
 
 def _class_weights(path: Path, group: Group, kind: str, name: str | None) -> LayerWeights:

@@ -9,6 +9,7 @@ weights with two axes.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from edgexception.errors import EdgexError
 from edgexception.model.archive import open_archive
 from edgexception.model.tensors import (
     FLOAT_TYPES,
@@ -56,8 +56,8 @@ def timm_network(path: Path, stored: Mapping[str, StoredTensor]) -> Xception:
     if "conv1.weight" not in stored:
         raise refuse(
             path,
-            f"its tensors ({listing(stored)}) are not those of timm's legacy_xception; this reads "
-            "that network and edgexception's own files",
+            f"its tensors ({listing(stored) or 'none'}) are not those of timm's legacy_xception; "
+            "this reads that network and edgexception's own files",
         )
     blocks = _blocks(path, stored)
     strided = [name for name in blocks if f"block{name}.skip.weight" in stored]
@@ -148,7 +148,7 @@ def read_pth(path: Path) -> Mapping[str, StoredTensor]:
     The file is unpickled twice with `weights_only=True`: first on torch's meta device, which has
     shapes and no memory, then, when the first tensor is loaded, for its values.
     """
-    held = _records(path) if zipfile.is_zipfile(path) else None
+    held = _records(path) if _starts_as_zip(path) else None
     content = _unpickled(path, "meta")
     if held is not None:
         needed = sum(
@@ -176,6 +176,11 @@ def read_pth(path: Path) -> Mapping[str, StoredTensor]:
     }
 
 
+def _starts_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _records(path: Path) -> int:
     """Check the archive that torch.save writes; return the bytes of its tensor storages."""
     with open_archive(path) as (_, members):
@@ -192,9 +197,9 @@ def _records(path: Path) -> int:
 
 def _unpickled(path: Path, device: str) -> object:
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except EdgexError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What torch thinks of an odd file is ours to say.
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # noqa: BLE001  A hostile pickle can raise anything at all.
         text = str(error)
         match = re.search(r"GLOBAL ([\w.]+)", text)
@@ -207,7 +212,8 @@ def _unpickled(path: Path, device: str) -> object:
             ) from None
         raise refuse(
             path,
-            f"torch cannot read it ({printable(error, 160)}); the file is truncated or damaged",
+            f"torch cannot read it ({printable(text, 160) or type(error).__name__}); the file is "
+            "truncated or damaged",
         ) from None
 
 
@@ -216,12 +222,14 @@ def _state(path: Path, content: object) -> dict[str, torch.Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content:
-        raise refuse(path, f"it holds a {type(content).__name__}, not a state dict with tensors")
+        raise refuse(path, f"it holds a {type(content).__name__} and no tensors by name")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(key, str):
+            raise refuse(path, f"its entry '{printable(key)}' has no name")
+        if not isinstance(value, torch.Tensor):
             raise refuse(
                 path,
-                f"its entry '{printable(key)}' is a {type(value).__name__}, not a tensor; save "
+                f"its entry '{printable(key)}' ({type(value).__name__}) is no tensor; save "
                 "the weights alone: torch.save(model.state_dict(), path)",
             )
     return content

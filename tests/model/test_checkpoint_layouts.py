@@ -16,7 +16,6 @@ from checkpoints import (
     write_by_name,
     write_keras,
 )
-
 from safetensors.torch import save_file
 
 from edgexception.architecture import Architecture
