@@ -128,5 +128,5 @@ def _read(path: Path, stored: Path, name: str, header: dict[str, Any]) -> torch.
         values = (values.astype("<u4") << 16).view("<f4")
     # A value beyond float32 becomes infinite here and is refused with the others.
     with np.errstate(over="ignore"):
-        plain = values.astype(np.float32)
+        plain = values.astype(np.float32, copy=False)
     return torch.from_numpy(plain.reshape(header["shape"]))
