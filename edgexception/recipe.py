@@ -135,6 +135,15 @@ class PtqSpec(Spec):
     bias_correction: bool = True
 
 
+class ExportSpec(Spec):
+    """How the network is written as ONNX."""
+
+    dialects: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ()
+    """Dialects of the INT8 network to write beside those that the targets read."""
+    batch: Count | None = None
+    """A fixed batch size; None leaves it open, and each engine fixes its own."""
+
+
 class TargetSpec(Spec):
     """One device, and which of its runtimes and precisions to build and measure."""
 
@@ -180,6 +189,7 @@ class Recipe(Spec):
     calibration: CalibrationSpec | None = None
     evaluation: EvaluationSpec | None = None
     quantize: PtqSpec | None = None
+    export: ExportSpec = ExportSpec()
     targets: tuple[TargetSpec, ...] = ()
     bench: BenchSpec | None = None
     gates: Gates = Gates()

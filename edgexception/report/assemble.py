@@ -1,0 +1,233 @@
+"""From what a run found to its record: every engine that was asked for becomes a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgexception import __version__
+from edgexception.artifacts import Artifact
+from edgexception.bench.accuracy import accuracy, fidelity
+from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
+from edgexception.device import BuildRecord, ProbeRecord
+from edgexception.imageset import ImageSet
+from edgexception.recipe import Recipe
+from edgexception.report.gates import judge
+from edgexception.report.record import (
+    BadImageLine,
+    Calibration,
+    Estimate,
+    Fidelity,
+    Latency,
+    Machine,
+    Network,
+    Parity,
+    Report,
+    Row,
+    Share,
+    StageLine,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One engine that a recipe asks for, and what it is built from."""
+
+    target: str
+    runtime: str
+    dialect: str
+    precision: str
+    batch: int
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """The engine's name in reports, and of its file."""
+        return f"{self.target}-{self.runtime}-{self.precision}-b{self.batch}"
+
+    @property
+    def form(self) -> str:
+        """The ONNX form that it is built from: "fp32", or "int8-" and the dialect."""
+        return "fp32" if self.precision == "fp32" else f"int8-{self.dialect}"
+
+
+@dataclass
+class Measured:
+    """What was measured of one engine: logits beside the float network's, and raw times in ns."""
+
+    logits: NDArray[np.float32] | None = None
+    reference: NDArray[np.float32] | None = None
+    rounds: list[Times] | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a report is assembled from."""
+
+    recipe: Recipe
+    machine: ProbeRecord
+    device: str
+    card: Network
+    labelled: ImageSet | None
+    evaluation: ImageSet | None
+    calibration: ImageSet | None
+    plan: Path | None
+    parity: Mapping[tuple[str, str], Artifact]
+    """By ONNX form and runtime."""
+    parity_from: str
+    places: tuple[Place, ...]
+    exports: Mapping[str, Artifact]
+    engines: Mapping[Place, Artifact]
+    measured: Mapping[Place, Measured]
+    faults: Mapping[Place, str]
+    stages: tuple[StageLine, ...]
+
+
+def report_of(found: Findings) -> Report:
+    """Return the record of a run."""
+    rows = tuple(_row(found, place) for place in found.places)
+    return Report(
+        edgexception=__version__,
+        recipe=found.recipe.model_dump(mode="json", exclude_none=True),
+        network=found.card,
+        machine=_machine(found),
+        versions=_versions(found.machine),
+        calibration=_calibration(found),
+        evaluation_photos=None if found.labelled is None else len(found.labelled),
+        evaluation_images=None if found.evaluation is None else len(found.evaluation),
+        bad_images=tuple(_bad_images(found)),
+        parity=tuple(_parity(found)),
+        rows=rows,
+        gates=judge(found.recipe.gates, rows) if found.measured or found.faults else (),
+        stages=found.stages,
+    )
+
+
+def _machine(found: Findings) -> Machine:
+    machine = found.machine
+    return Machine(
+        device=found.device,
+        arch=machine.arch,
+        system=machine.system,
+        python=machine.python,
+        board=machine.board,
+        cpu=machine.cpu.model,
+        cores=machine.cpu.usable_cores,
+        vnni=machine.cpu.vnni,
+        memory_bytes=machine.memory.total_bytes,
+    )
+
+
+def _versions(machine: ProbeRecord) -> dict[str, str]:
+    found = {name: facts.version for name, facts in machine.runtimes.items() if facts.version}
+    for name in ("torch", "nncf", "onnx"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {"numpy": machine.numpy, **found}
+
+
+def _calibration(found: Findings) -> Calibration | None:
+    if found.plan is None or found.calibration is None:
+        return None
+    plan = json.loads(found.plan.read_bytes())
+    origin = plan["provenance"]
+    bits = {weight["bits"] for weight in plan["weights"].values()}
+    return Calibration(
+        images=len(found.calibration),
+        photos=len({sample.photo.name for sample in found.calibration.samples}),
+        digest=origin["calibration_digest"],
+        method=origin["method"],
+        activations=origin["activations"],
+        ranges=origin["ranges"],
+        bias_correction=origin["bias_correction"],
+        weight_bits=min(bits),
+    )
+
+
+def _bad_images(found: Findings) -> Iterator[BadImageLine]:
+    for name, images in (("calibration", found.calibration), ("evaluation", found.labelled)):
+        for bad in images.bad if images else ():
+            yield BadImageLine(set=name, name=bad.name, reason=bad.reason)
+
+
+def _parity(found: Findings) -> Iterator[Parity]:
+    for (form, runtime), artifact in found.parity.items():
+        rows = json.loads(artifact.file("parity.json").read_bytes())
+        yield Parity(form=form, images_from=found.parity_from, **rows | {"runtime": runtime})
+    for form in found.exports:
+        if form not in {key for key, _ in found.parity}:
+            reason = "no photos were given" if not found.parity_from else "no target here runs it"
+            yield Parity(form=form, skipped=reason)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _row(found: Findings, place: Place) -> Row:
+    built = found.engines.get(place)
+    measured = found.measured.get(place, Measured())
+    fault = found.faults.get(place)
+    facts: dict[str, Any] = {"status": "skipped", "reason": "the run ended before this stage"}
+    if built is not None:
+        record = BuildRecord.model_validate_json(built.file("build.json").read_bytes())
+        facts = {"status": "built", "engine_bytes": record.engine_bytes, "layers": record.layers}
+        facts["onnx_bytes"] = found.exports[place.form].files["model.onnx"].bytes
+    if measured.logits is not None or measured.rounds is not None:
+        facts["status"] = "measured"
+    if fault is not None:
+        facts |= {"status": "failed", "reason": fault}
+    else:
+        facts |= _quality(found, measured) | _speed(found, place, measured)
+    return Row(
+        target=place.target,
+        runtime=place.runtime,
+        runtime_version=found.machine.runtimes[place.runtime].version,
+        precision=place.precision,
+        batch=place.batch,
+        threads=place.threads,
+        **facts,
+    )
+
+
+def _quality(found: Findings, measured: Measured) -> dict[str, Any]:
+    if measured.logits is None or measured.reference is None:
+        return {}
+    facts: dict[str, Any] = {
+        "fidelity": Fidelity.model_validate(compare(measured.reference, measured.logits))
+    }
+    labels = None if found.labelled is None else found.labelled.labels
+    if labels is not None:
+        judged = accuracy(measured.logits[: len(labels)], labels)
+        facts["top1"] = Share.model_validate(judged.top1)
+        facts["top5"] = None if judged.top5 is None else Share.model_validate(judged.top5)
+    return facts
+
+
+def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
+    if measured.rounds is None:
+        return {}
+    latency = LatencySummary.of(measured.rounds)
+    facts: dict[str, Any] = {
+        "latency": Latency.model_validate(latency),
+        "images_per_second": place.batch / latency.median_ms * 1000,
+    }
+    slow = found.measured.get(replace(place, precision="fp32"), Measured()).rounds
+    if slow is not None and place.precision != "fp32":
+        facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow, measured.rounds))
+    return facts
+
+
+def compare(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, Any]:
+    """Return a fidelity as plain data; an SQNR of null means equal to the last bit."""
+    row = asdict(fidelity(expected, found))
+    if not np.isfinite(row["sqnr_db"]):
+        row["sqnr_db"] = None
+    return row

@@ -1,0 +1,80 @@
+"""Gates: bounds of the recipe on measured values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from edgexception.recipe import Gates
+from edgexception.report.record import GateResult, Row, row_name
+
+
+def judge(gates: Gates, rows: Sequence[Row]) -> tuple[GateResult, ...]:
+    """Judge every INT8 row by every gate that is set; a value that is missing fails its gate."""
+    return tuple(
+        result for row in rows if row.precision == "int8" for result in _row(gates, row, rows)
+    )
+
+
+def _row(gates: Gates, row: Row, rows: Sequence[Row]) -> Iterator[GateResult]:
+    if row.status != "measured":
+        for gate, bound in gates.model_dump(exclude_none=True).items():
+            yield GateResult(
+                gate=gate,
+                row=row_name(row),
+                bound=bound,
+                value=None,
+                passed=False,
+                reason=f"{row.status}: {row.reason}",
+            )
+        return
+    top1 = row.top1.value if row.top1 else None
+    float_row = next(
+        (r for r in rows if r.precision == "fp32" and _same_place(r, row) and r.top1), None
+    )
+    drop = (
+        float_row.top1.value - top1 if float_row and float_row.top1 and top1 is not None else None
+    )
+    first_batch = row.batch == min(r.batch for r in rows)
+    yield from _at_least("top1_min", gates.top1_min, top1, row)
+    yield from _at_most("top1_drop_max", gates.top1_drop_max, drop, row)
+    agreement = row.fidelity.agreement.value if row.fidelity else None
+    yield from _at_least("agreement_min", gates.agreement_min, agreement, row)
+    sqnr = row.fidelity.sqnr_db if row.fidelity else None
+    if row.fidelity and sqnr is None and gates.sqnr_db_min is not None:
+        yield _result("sqnr_db_min", gates.sqnr_db_min, None, True, row, "equal to the last bit")
+    else:
+        yield from _at_least("sqnr_db_min", gates.sqnr_db_min, sqnr, row)
+    if first_batch:
+        speedup = row.speedup.value if row.speedup else None
+        yield from _at_least("speedup_min", gates.speedup_min, speedup, row)
+
+
+def _same_place(one: Row, other: Row) -> bool:
+    return (one.target, one.runtime, one.batch) == (other.target, other.runtime, other.batch)
+
+
+def _at_least(
+    gate: str, bound: float | None, value: float | None, row: Row
+) -> Iterator[GateResult]:
+    if bound is not None:
+        yield _result(gate, bound, value, value is not None and value >= bound, row)
+
+
+def _at_most(gate: str, bound: float | None, value: float | None, row: Row) -> Iterator[GateResult]:
+    if bound is not None:
+        yield _result(gate, bound, value, value is not None and value <= bound, row)
+
+
+def _result(
+    gate: str,
+    bound: float,
+    value: float | None,
+    passed: bool,
+    row: Row,
+    reason: str | None = None,
+) -> GateResult:
+    if value is None and reason is None:
+        reason = "not measured"
+    return GateResult(
+        gate=gate, row=row_name(row), bound=bound, value=value, passed=passed, reason=reason
+    )

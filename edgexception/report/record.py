@@ -1,0 +1,191 @@
+"""The record of a run: what was measured, skipped or failed, with its reasons; `report.json`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from edgexception.preprocess import Preprocess
+
+
+class Record(BaseModel):
+    """Base of the record's parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True)
+
+
+class Share(Record):
+    """A share of images with its 95% Wilson interval."""
+
+    successes: int
+    trials: int
+    value: float
+    low: float
+    high: float
+
+
+class Estimate(Record):
+    """A value with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Latency(Record):
+    """Latency of one batch in ms over every measured iteration; `cov` is deviation / mean."""
+
+    min_ms: float
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    cov: float
+    iterations: int
+    round_medians_ms: tuple[float, ...]
+    noisy: bool
+
+
+class Fidelity(Record):
+    """Logits against other logits of the same images; an SQNR of null is equal to the last bit."""
+
+    agreement: Share
+    sqnr_db: float | None
+    max_abs_difference: float
+
+
+class Row(Record):
+    """One engine: a target's runtime, a precision and a batch size."""
+
+    target: str
+    runtime: str
+    runtime_version: str | None
+    precision: str
+    batch: int
+    threads: int
+    status: Literal["measured", "built", "skipped", "failed"]
+    reason: str | None = None
+    """Why a row is skipped or failed."""
+    engine_bytes: int | None = None
+    onnx_bytes: int | None = None
+    layers: dict[str, int] = {}
+    """Layers as the runtime executes them, with their counts."""
+    latency: Latency | None = None
+    images_per_second: float | None = None
+    speedup: Estimate | None = None
+    """Median FP32 latency / median latency, same runtime, batch size and rounds."""
+    top1: Share | None = None
+    top5: Share | None = None
+    fidelity: Fidelity | None = None
+    """Against the float network in torch, on the evaluation photos and their crops."""
+
+
+class Parity(Record):
+    """One exported graph, compared by number."""
+
+    form: str
+    """"fp32", or "int8-" and the dialect."""
+    runtime: str | None = None
+    images: int | None = None
+    images_from: str | None = None
+    simulated_vs_float: Fidelity | None = None
+    executed_vs_float: Fidelity | None = None
+    executed_vs_torch: Fidelity | None = None
+    """Against torch running the same plan (the float network for FP32)."""
+    skipped: str | None = None
+
+
+class GateResult(Record):
+    """One gate on one row."""
+
+    gate: str
+    row: str
+    bound: float
+    value: float | None
+    passed: bool
+    reason: str | None = None
+
+
+class StageLine(Record):
+    """One stage of the run, its key, and whether its result was there already."""
+
+    stage: str
+    what: str
+    key: str
+    reused: bool
+    seconds: float
+
+
+class BadImageLine(Record):
+    """A photo that was left out."""
+
+    set: str
+    name: str
+    reason: str
+
+
+class Calibration(Record):
+    """What quantization looked at, and what came of it."""
+
+    images: int
+    photos: int
+    digest: str
+    method: str
+    activations: str
+    ranges: str
+    bias_correction: bool
+    weight_bits: int
+
+
+class Machine(Record):
+    """Where the run happened, as the device said of itself."""
+
+    device: str
+    arch: str
+    system: str
+    python: str
+    board: str | None
+    cpu: str | None
+    cores: int
+    vnni: bool
+    memory_bytes: int | None
+
+
+class Network(Record):
+    """The network as it was imported or trained; `model.json` of its stage."""
+
+    source: dict[str, str]
+    classes: tuple[str, ...] | None
+    preprocess: Preprocess
+    parameters: int
+    macs: int
+    """Multiply-accumulates for one image."""
+
+
+class Report(Record):
+    """Everything a run found."""
+
+    schema_version: Literal[1] = 1
+    edgexception: str
+    recipe: dict[str, Any]
+    network: Network
+    machine: Machine
+    versions: dict[str, str]
+    calibration: Calibration | None
+    evaluation_photos: int | None
+    evaluation_images: int | None
+    bad_images: tuple[BadImageLine, ...]
+    parity: tuple[Parity, ...]
+    rows: tuple[Row, ...]
+    gates: tuple[GateResult, ...]
+    stages: tuple[StageLine, ...]
+
+    @property
+    def failed_gates(self) -> tuple[GateResult, ...]:
+        """The gates that were missed."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+
+def row_name(row: Row) -> str:
+    """Return how messages name a row: "cpu-x86 openvino int8 b1"."""
+    return f"{row.target} {row.runtime} {row.precision} b{row.batch}"
