@@ -59,8 +59,9 @@ def test_every_hostile_checkpoint_is_refused(tmp_path, seed):
         try:
             load_checkpoint(path)
         except (BadArtifact, UsageError) as error:
-            assert_paragraph(str(error), path)
-            assert REASONS.get(name, "") in str(error), name
+            message = str(error)
+            assert_paragraph(message, path)
+            assert REASONS.get(name, "") in message, name
         else:
             pytest.fail(f"'{name}' was accepted")
         assert time.monotonic() - started < 20, name
