@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Width = Annotated[int, Field(ge=1, le=8192)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
 
+MAX_PARAMETERS = 500_000_000
+"""Bound on a whole network, 20 times the paper's: bounds on its fields alone allow terabytes."""
+
 
 class SeparableSpec(NamedTuple):
     """One separable convolution: its Keras layer name and its channels."""
@@ -43,7 +46,9 @@ class Architecture(BaseModel):
     """Output channels of the separable convolutions of the strided exit block."""
     tail: Widths = (1536, 2048)
     """Output channels of the last separable convolutions, which have no shortcut."""
-    head: Annotated[tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(max_length=8)] = (1000,)
+    head: Annotated[tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(max_length=8)] = (
+        1000,
+    )
     """Output features of the dense layers, ReLU between them; the last are the classes.
     Empty: the network ends with the pooled features."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -88,6 +93,38 @@ class Architecture(BaseModel):
                         f"the spatial convolution of {spec.name}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Architecture:
+        if self.parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"the network would have {self.parameters:,} parameters, more than the "
+                f"{MAX_PARAMETERS:,} that are allowed (the paper's has 22,855,952): set smaller "
+                "widths, fewer blocks, or more segments"
+            )
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters, from the widths alone: nothing is allocated."""
+        # A convolution has no bias; its BatchNorm has a factor and an offset per output channel.
+        count = 3 * 9 * self.stem[0] + self.stem[0] * 9 * self.stem[1] + 2 * sum(self.stem)
+        for spec in self.separables():
+            spatial = spec.in_channels if self.order == "depthwise-first" else spec.out_channels
+            groups = spatial if self.segments is None else self.segments
+            count += spatial * (spatial // groups) * 9
+            count += spec.in_channels * spec.out_channels + 2 * spec.out_channels
+        if self.residual:
+            entered = self.stem[-1]
+            for _, widths, strided in self.blocks():
+                if strided:
+                    count += entered * widths[-1] + 2 * widths[-1]
+                entered = widths[-1]
+        features = self.tail[-1]
+        for width in self.head:
+            count += (features + 1) * width
+            features = width
+        return count
 
     @property
     def classes(self) -> int | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from edgexception.architecture import Architecture, SeparableSpec
+from edgexception.architecture import MAX_PARAMETERS, Architecture, SeparableSpec
 from edgexception.model.xception import MaxPoolSame, SeparableConv2d, Xception
 
 
@@ -150,6 +150,41 @@ def separable(a: Architecture, width: int, out: int) -> int:
 
 def test_the_closed_form_itself_gives_the_papers_count() -> None:
     assert closed_form(Architecture()) == 22_855_952
+
+
+@quick(200)
+@given(a=architectures())
+def test_an_architecture_knows_its_parameters(a: Architecture) -> None:
+    assert a.parameters == closed_form(a)
+    with torch.device("meta"):
+        assert a.parameters == trainable(Xception(a))
+
+
+def test_a_network_of_terabytes_is_refused_before_anything_is_allocated() -> None:
+    """Every field within its own bound: 64 middle blocks of 8 layers of 8192 x 8192 weights."""
+    with pytest.raises(
+        ValidationError, match=r"35,\d{3},\d{3},\d{3} parameters, more than .* widths"
+    ):
+        Architecture(
+            stem=(8192, 8192),
+            entry=(),
+            middle=((8192,) * 8,) * 64,
+            exit=(8192,),
+            tail=(8192,),
+        )
+    # One dense spatial convolution per layer instead of a depthwise one.
+    wide = {"stem": (32, 4096), "entry": (), "middle": (), "exit": (4096,) * 3, "tail": (8,)}
+    assert Architecture(**wide).parameters < 80_000_000
+    with pytest.raises(ValidationError, match="more segments"):
+        Architecture(**wide, segments=1)
+
+
+def test_networks_up_to_the_bound_are_allowed() -> None:
+    small = {"stem": (1, 1), "entry": (), "middle": (), "exit": (1,), "tail": (7628,)}
+    fits = Architecture(**small, head=(65536,))
+    assert MAX_PARAMETERS - 2 * 7629 * 65536 < fits.parameters <= MAX_PARAMETERS
+    with pytest.raises(ValidationError, match="500,000,000"):
+        Architecture(**{**small, "tail": (7629,)}, head=(65536,))
 
 
 @quick(60)

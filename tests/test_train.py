@@ -1,0 +1,287 @@
+"""Training from nothing: it learns, it ends with the same bytes, it refuses what cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgexception.architecture import Architecture
+from edgexception.data import open_training
+from edgexception.errors import BadArtifact, UsageError
+from edgexception.imageset import ImageSet
+from edgexception.model.graph import inference_graph, to_graph_input
+from edgexception.model.xception import Xception
+from edgexception.preprocess import Preprocess
+from edgexception.recipe import DigitsSource, TrainedHereModel
+from edgexception.train import _batches, normalized, schedule, train
+
+pytest.importorskip("sklearn")
+
+DIGITS = DigitsSource(kind="digits", split="train")
+TINY = Architecture(
+    stem=(8, 8), entry=((16, 16),), middle=((16, 16),), exit=(16, 24), tail=(32,), head=(10,)
+)
+
+
+def spec_of(**changed: Any) -> TrainedHereModel:
+    fields: dict[str, Any] = {
+        "architecture": TINY,
+        "preprocess": Preprocess(input_size=(32, 32)),
+        "source": DIGITS,
+        "epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 0.01,
+    }
+    return TrainedHereModel(kind="train", **{**fields, **changed})
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return open_training(DIGITS, spec_of().preprocess)
+
+
+@pytest.fixture(scope="module")
+def few(digits: ImageSet) -> ImageSet:
+    return replace(digits, samples=digits.samples[:48])
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digest(network: Xception) -> str:
+    state = network.state_dict()
+    return hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in state)).hexdigest()
+
+
+def run_here(code: str, **environment: str) -> str:
+    """Run code in a fresh process that can import this file, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def inputs(images: ImageSet) -> torch.Tensor:
+    return normalized(images, np.arange(len(images)))
+
+
+# --- it learns
+
+
+def test_a_tiny_network_learns_digits_it_has_not_seen(digits: ImageSet) -> None:
+    learned = replace(digits, samples=digits.samples[:400])
+    unseen = replace(digits, samples=digits.samples[400:700])
+    losses: list[float] = []
+    network = train(spec_of(epochs=5), learned, lambda *step: losses.append(step[3]))
+    assert np.mean(losses[:5]) > 1.8, "ten classes, nothing learned: about ln 10 = 2.3"
+    assert np.mean(losses[-25:]) < 0.5
+    assert not network.training
+    assert {p.device.type for p in network.parameters()} == {"cpu"}
+    with torch.inference_mode():
+        right = network(inputs(unseen)).argmax(1).numpy() == unseen.labels
+    assert right.mean() > 0.8
+
+
+def test_few_steps_leave_usable_batch_norms(few: ImageSet) -> None:
+    """Three steps: running averages would still be 73% of their initial values."""
+    network = train(spec_of(batch_size=24), few)
+    labels = torch.from_numpy(few.labels)
+    losses = {}
+    for training in (False, True):
+        network.train(training)
+        with torch.no_grad():
+            losses[training] = float(
+                torch.nn.functional.cross_entropy(network(inputs(few)), labels)
+            )
+    assert abs(losses[False] - losses[True]) < 0.15
+    assert {m.momentum for m in network.modules() if hasattr(m, "momentum")} == {0.1}
+
+
+def test_it_sees_images_as_the_exported_graph_will(few: ImageSet) -> None:
+    preprocess = Preprocess(input_size=(32, 32), mean=(120.0, 110.0, 100.0), std=(60.0, 57.0, 55.0))
+    images = replace(few, preprocess=preprocess)
+    torch.manual_seed(0)
+    network = Xception(TINY).eval()
+    graph = inference_graph(network, preprocess)
+    pixels = torch.from_numpy(np.concatenate(list(images.batches(48))))
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            network(inputs(images)), graph(to_graph_input(pixels)), rtol=1e-4, atol=1e-5
+        )
+
+
+# --- it is reproducible
+
+IN_A_FRESH_PROCESS = """
+from test_train import *
+images = open_training(DIGITS, spec_of().preprocess)
+assert torch.get_num_threads() == 2, torch.get_num_threads()
+print(digest(train(spec_of(), replace(images, samples=images.samples[:48]))))
+"""
+
+
+def test_the_same_bytes_whatever_the_process_did_before(few: ImageSet) -> None:
+    first = digest(train(spec_of(), few))
+    torch.manual_seed(99)
+    torch.rand(1000)
+    torch.set_num_threads(3)
+    with torch.no_grad():
+        second = digest(train(spec_of(), few))
+    with torch.inference_mode():
+        third = digest(train(spec_of(), few))
+    assert first == second == third
+    assert digest(train(spec_of(seed=1), few)) != first
+    assert run_here(IN_A_FRESH_PROCESS, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2").strip() == first
+
+
+def test_torch_is_afterwards_as_it_was(few: ImageSet) -> None:
+    def state() -> tuple[Any, ...]:
+        return (
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.get_rng_state().numpy().tobytes(),
+        )
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    torch.set_num_threads(3)
+    for mode, warn_only in ((False, False), (True, True)):
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        try:
+            before = state()
+            train(spec_of(), few)
+            assert state() == before
+            with pytest.raises(KeyboardInterrupt):
+                train(spec_of(), few, stop)
+            assert state() == before
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+# --- its steps
+
+
+def test_progress_counts_every_step(few: ImageSet) -> None:
+    steps: list[tuple[int, int, float, float]] = []
+    train(spec_of(epochs=2), few, lambda *step: steps.append(step))
+    assert [done for done, *_ in steps] == [1, 2, 3, 4, 5, 6]
+    assert {total for _, total, *_ in steps} == {6}
+    assert all(left > 0.0 for _, _, left, _ in steps[:-1])
+    assert steps[-1][2] == 0.0
+    assert all(math.isfinite(loss) and loss > 0.0 for *_, loss in steps)
+
+
+@given(total=st.integers(1, 2000))
+def test_the_learning_rate_rises_once_and_falls_once(total: int) -> None:
+    rates = [schedule(step, total) for step in range(total)]
+    peak = rates.index(max(rates))
+    assert rates[peak] == 1.0
+    assert peak <= 0.05 * total + 1
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b > 0.0 for a, b in pairwise(rates[peak:]))
+
+
+@given(images=st.integers(2, 3000), size=st.integers(2, 300))
+def test_no_batch_is_left_with_one_image(images: int, size: int) -> None:
+    sizes = [len(part) for part in np.array_split(np.arange(images), _batches(images, size))]
+    assert min(sizes) >= 2
+    assert max(sizes) <= max(size, 3)
+    assert max(sizes) - min(sizes) <= 1
+
+
+# --- what it refuses
+
+
+def test_images_without_labels(few: ImageSet) -> None:
+    one_without = few.samples[5]._replace(photo=few.samples[5].photo._replace(label=None))
+    broken = replace(few, samples=(*few.samples[:5], one_without, *few.samples[6:]))
+    with pytest.raises(UsageError, match=r"model\.source: .*label"):
+        train(spec_of(), broken)
+
+
+@pytest.mark.parametrize("head", [(), (9,), (32, 11)])
+def test_a_head_that_is_not_the_classes(few: ImageSet, head: tuple[int, ...]) -> None:
+    spec = spec_of(architecture=TINY.model_copy(update={"head": head}))
+    with pytest.raises(UsageError, match=r"head: .* last entry of head to 10"):
+        train(spec, few)
+
+
+def test_fewer_images_than_classes(few: ImageSet) -> None:
+    with pytest.raises(UsageError, match=r"7 images are too few: there is none of \d of the 10"):
+        train(spec_of(), replace(few, samples=few.samples[:7]))
+
+
+def test_a_class_without_images(few: ImageSet) -> None:
+    without = tuple(sample for sample in few.samples if sample.label != 3)
+    with pytest.raises(UsageError, match=r"none of 1 of the 10 classes \(3\)"):
+        train(spec_of(), replace(few, samples=without))
+
+
+def test_batches_of_one_image(few: ImageSet) -> None:
+    with pytest.raises(UsageError, match="batch_size 1 "):
+        train(spec_of(batch_size=1), few)
+
+
+@pytest.mark.parametrize(
+    ("std", "where"), [(1e-38, "loss is nan in epoch 1, step 1"), (1e-20, "after the last step")]
+)
+def test_numbers_that_overflow(few: ImageSet, std: float, where: str) -> None:
+    images = replace(few, preprocess=Preprocess(input_size=(32, 32), std=(std,) * 3))
+    with pytest.raises(UsageError, match=f"{where}.*learning_rate below 0.01"):
+        train(spec_of(), images)
+
+
+def test_a_photo_that_changes_in_between(few: ImageSet) -> None:
+    changed = few.samples[5]._replace(photo=few.samples[5].photo._replace(sha256="0" * 64))
+    broken = replace(few, samples=(*few.samples[:5], changed, *few.samples[6:]))
+    with pytest.raises(BadArtifact, match="has changed"):
+        train(spec_of(), broken)
+
+
+OUT_OF_MEMORY = """
+import resource
+from test_train import *
+from edgexception.errors import OutOfResources
+images = open_training(DIGITS, spec_of().preprocess)
+large = Architecture(stem=(8, 8), entry=(), middle=(), exit=(8192,), tail=(8192, 8192), head=(10,))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, -1))
+try:
+    train(spec_of(architecture=large), images)
+except OutOfResources as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
+def test_out_of_memory() -> None:
+    printed = run_here(OUT_OF_MEMORY)
+    assert "out of memory while training 134," in printed
+    assert "batch_size" in printed
