@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgexception.report.record import Estimate, Fidelity, Report, Share, row_name
+from edgexception.report.record import Estimate, Fidelity, GateResult, Report, Share, row_name
+
+
+def to_text(report: Report) -> str:
+    """Return the measured rows, the gates and the parity as lines for a terminal."""
+    lines = []
+    for row in report.rows:
+        latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
+        facts = [
+            _estimate(row.speedup).split(" ")[0],
+            f"top-1 {_share(row.top1)}" if row.top1 else "",
+        ]
+        facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
+        lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
+    for parity in report.parity:
+        name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
+        found = f"{_sqnr(parity.executed_vs_torch)} executed against torch"
+        lines.append(f"{name:<36}{f'skipped: {parity.skipped}' if parity.skipped else found}")
+    return "\n".join([*lines, *gate_lines(report.gates)])
+
+
+def gate_lines(gates: Sequence[GateResult]) -> list[str]:
+    """Return one line a gate: what was bounded, where, and what was found."""
+    lines = []
+    for gate in gates:
+        found = gate.reason if gate.value is None else f"{gate.value:.4g}"
+        state = "passed" if gate.passed else "missed"
+        lines.append(f"gate {gate.gate} {gate.bound} {state} by {gate.row}: {found}")
+    return lines
 
 
 def to_markdown(report: Report) -> str:

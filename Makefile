@@ -1,0 +1,42 @@
+# `make demo` and `make test` need nothing but Python 3.10-3.13; they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(READY)
+
+# torch comes first and pinned, so that nothing else chooses a build; timm and torchvision are only
+# compared with in tests, and come without their dependencies, which would bring another torch.
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps timm torchvision
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python recipes/fetch_kitchenware.py
+	$(BIN)/edgex run recipes/kitchenware.yaml --out build/kitchenware
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/static_peer.py
+
+clean:
+	rm -rf $(VENV) build .data .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m edgexception` is `edgex`."""
+
+from edgexception.cli import main
+
+main()

@@ -1,0 +1,215 @@
+"""The `edgex` command: parse, call one function, print, exit code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgexception import __version__
+from edgexception.console import Console, exit_codes
+
+if TYPE_CHECKING:
+    from edgexception.pipeline import Last
+    from edgexception.recipe import Recipe
+    from edgexception.report.record import Report
+
+app = typer.Typer(
+    name="edgex",
+    help="Deploy trained Xception image classifiers on edge devices.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (.yaml).")]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE|CHECKPOINT",
+        help="A recipe (.yaml), or a trained network (.keras, .h5, .pth, .safetensors) with flags.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="Output folder. Default: build/<name of the recipe>."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _option(kind: Any, text: str, *names: str) -> Any:
+    return Annotated[kind, typer.Option(*names, help=text)]
+
+
+_MODEL: dict[str, Any] = {
+    "classes": _option(str | None, "Class names in the order of the logits: cup,fork,glass."),
+    "input_size": _option(int | None, "Side of the network's square input in pixels."),
+    "resize": _option(str | None, "stretch or shortest-side."),
+    "interpolation": _option(str | None, "nearest, bilinear, bicubic or lanczos."),
+}
+_QUANTIZE: dict[str, Any] = _MODEL | {
+    "calibration": _option(Path | None, "Photos to calibrate on: a folder, .csv or .jsonl."),
+    "images": _option(int | None, "How many calibration images to take. Default: 128."),
+    "crops": _option(int | None, "Random crops of each photo. Default: 1, the whole photo."),
+    "evaluation": _option(Path | None, "Photos to compare on; labelled for accuracy."),
+    "activations": _option(str | None, "asymmetric (default) or symmetric (TensorRT)."),
+    "ranges": _option(str | None, "minmax, percentile or mse (default)."),
+    "weight_bits": _option(str | None, "auto (default), 7 or 8."),
+}
+_EXPORT: dict[str, Any] = _QUANTIZE | {
+    "dialect": _option(list[str], "onnxruntime, openvino or tensorrt; may be repeated."),
+}
+_ENGINE: dict[str, Any] = _QUANTIZE | {
+    "target": _option(str | None, "A device of `edgex targets`."),
+    "runtime": _option(list[str], "A runtime of the target; may be repeated. Default: all."),
+    "precision": _option(list[str], "fp32 or int8; may be repeated. Default: what can be had."),
+    "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
+    "threads": _option(int | None, "Threads of the runtime. Default: one a core."),
+}
+
+
+def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> None:
+    """Add the command that runs a recipe, or a checkpoint with flags, up to one stage."""
+
+    def command(source: Path, out: Path | None, json_: bool, quiet: bool, **given: Any) -> None:
+        with exit_codes():
+            from edgexception.errors import UsageError
+            from edgexception.short_form import Flags, recipe_of
+
+            said: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
+            }
+            recipe = recipe_of(source, Flags(**said), bench=last == "bench")
+            if last in ("build", "bench") and not recipe.targets:
+                raise UsageError(f"`edgex {name}` needs --target NAME; `edgex targets` lists them")
+            _run(recipe, last, out, json_, quiet)
+
+    command.__doc__ = text
+    annotations = {"source": Source, **flags, "out": Out, "json_": Json, "quiet": Quiet}
+    command.__annotations__ = annotations
+    defaults: dict[str, Any] = {"json_": False, "quiet": False}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                key,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=inspect.Parameter.empty if key == "source" else defaults.get(key),
+                annotation=kind,
+            )
+            for key, kind in annotations.items()
+        ]
+    )
+    app.command(name)(command)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: RecipeFile, out: Out = None, json_: Json = False, quiet: Quiet = False
+) -> None:
+    """Run a whole recipe: import, quantize, export, build, measure, report, gates."""
+    with exit_codes():
+        from edgexception.errors import GateFailed
+        from edgexception.recipe_file import load_recipe
+        from edgexception.report.render import gate_lines
+
+        report = _run(load_recipe(recipe), "bench", out, json_, quiet)
+        if report.failed_gates:
+            raise GateFailed("; ".join(gate_lines(report.failed_gates)))
+
+
+_stage_command("import", "import", _MODEL, "Read a trained network and check it.")
+_stage_command("quantize", "quantize", _QUANTIZE, "Quantize to INT8 on calibration photos.")
+_stage_command("export", "export", _EXPORT, "Write ONNX, in float and in INT8, and compare.")
+_stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
+_stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")
+
+
+def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool) -> Report:
+    from edgexception.pipeline import Listener, run
+    from edgexception.recipe_file import dump_recipe
+    from edgexception.report.render import to_text
+
+    console = Console(quiet)
+    folder = out or Path("build") / recipe.name
+    report = run(recipe, folder, last, Listener(console.stage, console.progress))
+    if all(line.reused for line in report.stages):
+        console.say(f"nothing to do: all {len(report.stages)} stages were done before")
+    if json_:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        typer.echo(f"# the recipe that was used\n{dump_recipe(recipe)}")
+        typer.echo(to_text(report))
+        typer.echo(f"results: {folder} (report.md, report.json)")
+    return report
+
+
+@app.command()
+def check(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...")]) -> None:
+    """Check recipes without running them; every fault is named with file and line."""
+    with exit_codes():
+        from edgexception.errors import UsageError
+        from edgexception.recipe_file import load_recipe
+
+        faults = []
+        for path in recipes:
+            try:
+                load_recipe(path)
+            except UsageError as error:  # noqa: PERF203 - a few files
+                faults.append(str(error))
+            else:
+                typer.echo(f"{path}: ok")
+        if faults:
+            raise UsageError("\n".join(faults))
+
+
+@app.command()
+def targets(json_: Json = False) -> None:
+    """List the targets, and what each can do here and now, and why not."""
+    with exit_codes():
+        from edgexception.doctor import target_lines, target_rows
+
+        rows = target_rows()
+        typer.echo(json.dumps(rows, indent=1) if json_ else "\n".join(target_lines(rows)))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what is installed, what is missing, and how to get it."""
+    with exit_codes():
+        from edgexception.doctor import examine, finding_lines
+
+        findings = examine()
+        typer.echo(json.dumps(findings, indent=1) if json_ else "\n".join(finding_lines(findings)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    with exit_codes():
+        from edgexception.recipe_file import recipe_schema
+
+        typer.echo(json.dumps(recipe_schema(), indent=1))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgex {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,84 @@
+"""What `edgex` shows: progress and messages on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from edgexception.errors import EdgexError
+
+if TYPE_CHECKING:
+    from edgexception.device import Progress
+    from edgexception.report.record import StageLine
+
+_QUIET_SECONDS = 10.0
+"""Least time between two progress lines where there is no terminal to rewrite a line of."""
+
+
+class Console:
+    """Writes stages and progress with the time left to stderr, unless it is told to be quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def stage(self, line: StageLine) -> None:
+        """Say that a stage is done."""
+        took = "done before" if line.reused else f"{line.seconds:.1f} s"
+        self.say(f"{line.stage:<10}{line.what}: {took}")
+
+    def progress(self, progress: Progress) -> None:
+        """Say how far something is: on one line of a terminal, else now and then."""
+        now = time.monotonic()
+        if self.quiet or (not self.terminal and now - self._last < _QUIET_SECONDS):
+            return
+        self._last = now
+        left = "" if progress.left_s is None else f", {progress.left_s:.0f} s left"
+        text = f"{'':<10}{progress.what}: {progress.done}/{progress.total}{left}"
+        if self.terminal:
+            sys.stderr.write(f"\r\x1b[K{text[:100]}")
+            sys.stderr.flush()
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Write one line to stderr."""
+        if not self.quiet:
+            sys.stderr.write(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n")
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn every way to fail into one paragraph on stderr and the exit code of its branch."""
+    try:
+        yield
+        sys.stdout.flush()
+    except EdgexError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted; run the same command again to go on where it stopped", 130)
+    except MemoryError:
+        _leave("out of memory: close other programs, or take fewer images or a smaller batch", 6)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:  # noqa: BLE001 - the last boundary: a bug of ours is named as such
+        if os.environ.get("EDGEX_DEBUG"):
+            traceback.print_exc()
+        _leave(
+            f"this is a bug in edgex: {type(error).__name__}: {error}. Set EDGEX_DEBUG=1 for the "
+            "traceback, and report it with the command",
+            70,
+        )
+
+
+def _leave(message: str, code: int) -> None:
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{clear}edgex: {message}\n")
+    raise SystemExit(code)

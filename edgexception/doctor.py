@@ -1,0 +1,123 @@
+"""What this machine has for `edgex`, what it lacks, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgexception import __version__
+from edgexception.device import ProbeRecord, local_device
+from edgexception.targets import load_targets
+
+_PACKAGES = {
+    "torch": "workstation",
+    "nncf": "workstation",
+    "onnx": "workstation",
+    "h5py": "workstation",
+    "safetensors": "workstation",
+    "scikit-learn": "all",
+}
+"""Package -> the extra that brings it; runtimes are asked by loading them."""
+
+
+def probe() -> ProbeRecord:
+    """Ask the local agent what this machine is and which runtimes load."""
+    with tempfile.TemporaryDirectory(prefix="edgex-probe-") as folder:
+        answer = local_device().call("probe", {}, {}, Path(folder) / "answer")
+    return ProbeRecord.model_validate(answer)
+
+
+def examine() -> dict[str, Any]:
+    """Return versions, or what is missing and the command that brings it, as plain data."""
+    machine = probe()
+    packages: dict[str, Any] = {}
+    for name, extra in _PACKAGES.items():
+        try:
+            packages[name] = {"version": version(name)}
+        except PackageNotFoundError:  # noqa: PERF203 - six packages
+            packages[name] = _missing("not installed", extra)
+    for name, facts in machine.runtimes.items():
+        packages[name] = (
+            {"version": facts.version} if facts.missing is None else _missing(facts.missing, name)
+        )
+    return {
+        "edgexception": __version__,
+        "python": sys.version.split()[0],
+        "machine": machine.model_dump(include={"arch", "system", "board", "cpu", "memory"}),
+        "free_disk_bytes": shutil.disk_usage(os.getcwd()).free,
+        "packages": packages,
+    }
+
+
+def _missing(reason: str, extra: str) -> dict[str, str]:
+    return {"missing": reason, "remedy": f"pip install 'edgexception[{extra}]'"}
+
+
+def finding_lines(findings: dict[str, Any]) -> list[str]:
+    """Return the findings as lines to read."""
+    machine = findings["machine"]
+    cpu, memory = machine["cpu"], machine["memory"]["available_bytes"]
+    vnni = "" if machine["arch"] != "x86_64" else ", VNNI" if cpu["vnni"] else ", no VNNI"
+    lines = [
+        f"edgexception {findings['edgexception']}, Python {findings['python']}",
+        f"{cpu['model'] or machine['arch']}: {cpu['usable_cores']} cores{vnni}, "
+        f"{(memory or 0) / 2**30:.1f} GiB memory available, "
+        f"{findings['free_disk_bytes'] / 2**30:.1f} GiB disk free",
+    ]
+    for name, facts in findings["packages"].items():
+        if "version" in facts:
+            lines.append(f"  ok       {name} {facts['version']}")
+        else:
+            lines.append(f"  missing  {name}: {facts['missing']}; {facts['remedy']}")
+    return lines
+
+
+def target_rows() -> list[dict[str, Any]]:
+    """Return every target with what each of its runtimes can do here, as plain data."""
+    machine = probe()
+    rows = []
+    for name, target in load_targets().items():
+        runtimes = {}
+        for runtime, row in target.runtimes.items():
+            facts = machine.runtimes.get(runtime)
+            if target.arch != machine.arch:
+                reason = f"the target is {target.arch}, this machine {machine.arch}"
+            elif facts is None:
+                reason = "this version has no adapter for it"
+            else:
+                reason = facts.missing or ""
+            runtimes[runtime] = {
+                "dialect": row.dialect,
+                "precisions": list(row.precisions),
+                "version": facts.version if facts else None,
+                "here": not reason,
+                "reason": reason,
+            }
+        rows.append(
+            {
+                "target": name,
+                "description": target.description,
+                "arch": target.arch,
+                "verified_on": target.verified_on,
+                "runtimes": runtimes,
+            }
+        )
+    return rows
+
+
+def target_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the rows as lines to read."""
+    lines = []
+    for row in rows:
+        verified = row["verified_on"] or "not run on hardware"
+        lines.append(f"{row['target']}: {row['description']} ({row['arch']}; verified: {verified})")
+        for name, runtime in row["runtimes"].items():
+            precisions = ", ".join(runtime["precisions"])
+            state = f"{runtime['version']}, here" if runtime["here"] else f"no: {runtime['reason']}"
+            lines.append(f"  {name} ({precisions}): {state}")
+    return lines

@@ -1,0 +1,168 @@
+"""A command line is a recipe in short form: flags in, the same `Recipe` out that a file gives."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from edgexception.errors import UsageError
+from edgexception.recipe import Recipe
+from edgexception.recipe_checks import check_recipe
+from edgexception.recipe_file import load_recipe
+from edgexception.targets import find_target
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a command line says beside the checkpoint; None is not said."""
+
+    classes: str | None = None
+    input_size: int | None = None
+    resize: str | None = None
+    interpolation: str | None = None
+    calibration: Path | None = None
+    images: int | None = None
+    crops: int | None = None
+    evaluation: Path | None = None
+    activations: str | None = None
+    ranges: str | None = None
+    weight_bits: str | None = None
+    dialect: tuple[str, ...] = ()
+    target: str | None = None
+    runtime: tuple[str, ...] = ()
+    precision: tuple[str, ...] = ()
+    batch: str | None = None
+    threads: int | None = None
+
+
+def recipe_of(source: Path, flags: Flags, *, bench: bool = False) -> Recipe:
+    """Return the recipe that `source` is, or that `source` (a checkpoint) and the flags make.
+
+    A recipe file takes one flag, `--target`, which keeps that target of it alone. Raises UsageError
+    for flags that cannot be followed.
+    """
+    if source.suffix.lower() in RECIPE_SUFFIXES:
+        return _narrowed(load_recipe(source), source, flags)
+    sections = _sections(source, flags, bench)
+    try:
+        recipe = Recipe.model_validate(sections)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        )
+        raise UsageError(f"these flags make no recipe: {faults}") from error
+    check_recipe(recipe)
+    return recipe
+
+
+def _narrowed(recipe: Recipe, source: Path, flags: Flags) -> Recipe:
+    given = [
+        name for name, value in vars(flags).items() if value not in (None, ()) and name != "target"
+    ]
+    if given:
+        raise UsageError(
+            f"{source}: is a recipe, so --{given[0].replace('_', '-')} has no place; write it into "
+            "the recipe, or name a checkpoint instead"
+        )
+    if flags.target is None:
+        return recipe
+    kept = tuple(spec for spec in recipe.targets if spec.target == flags.target)
+    if not kept:
+        named = ", ".join(spec.target for spec in recipe.targets) or "none"
+        raise UsageError(f"{source}: has no target {flags.target}; it has: {named}")
+    return recipe.model_copy(update={"targets": kept})
+
+
+def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
+    sections: dict[str, Any] = {"name": _name(source), "model": _model(source, flags)}
+    if flags.calibration is not None:
+        sections["calibration"] = _set(
+            {
+                "source": _photos(flags.calibration),
+                "images": flags.images,
+                "crops_per_photo": flags.crops,
+            }
+        )
+        sections["quantize"] = _set(
+            {
+                "method": "ptq",
+                "activations": flags.activations,
+                "ranges": flags.ranges,
+                "weight_bits": _bits(flags.weight_bits),
+            }
+        )
+    if flags.evaluation is not None:
+        sections["evaluation"] = {"source": _labelled(flags.evaluation)}
+    batches = _batches(flags.batch)
+    if flags.dialect:
+        sections["export"] = {"dialects": flags.dialect}
+    if flags.target is not None:
+        precisions = flags.precision or (("fp32", "int8") if flags.calibration else ("fp32",))
+        sections["targets"] = [
+            _set(
+                {
+                    "target": flags.target,
+                    "runtimes": flags.runtime or tuple(find_target(flags.target).runtimes),
+                    "precisions": precisions,
+                    "threads": flags.threads,
+                }
+            )
+        ]
+        if bench or batches:
+            sections["bench"] = _set({"batch_sizes": batches})
+    return sections
+
+
+def _set(section: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what was not said, so that the recipe's defaults hold."""
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _name(source: Path) -> str:
+    plain = re.sub(r"[^a-z0-9]+", "-", source.stem.lower()).strip("-")[:60]
+    return plain or "network"
+
+
+def _model(source: Path, flags: Flags) -> dict[str, Any]:
+    model: dict[str, Any] = {"kind": "checkpoint", "path": source.absolute()}
+    if flags.classes is not None:
+        model["classes"] = tuple(name.strip() for name in flags.classes.split(","))
+    transform = _set({"resize": flags.resize, "interpolation": flags.interpolation})
+    if flags.input_size is not None:
+        model["preprocess"] = {"input_size": (flags.input_size, flags.input_size), **transform}
+    elif transform:
+        raise UsageError("--resize and --interpolation need --input-size, too")
+    return model
+
+
+def _bits(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _batches(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
+        raise UsageError(f"--batch {text!r}: give batch sizes separated by commas, such as 1,8")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _photos(path: Path) -> dict[str, Any]:
+    """Photos for calibration: labels, if there are any, are not used."""
+    kind = "manifest" if path.suffix.lower() in (".csv", ".jsonl") else "photos"
+    return {"kind": kind, "path": path.absolute()}
+
+
+def _labelled(path: Path) -> dict[str, Any]:
+    """A manifest, a folder with one sub-folder a class, or a plain folder of photos."""
+    if path.suffix.lower() in (".csv", ".jsonl"):
+        return {"kind": "manifest", "path": path.absolute()}
+    folders = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    return {"kind": "folder" if folders else "photos", "path": path.absolute()}
