@@ -72,8 +72,9 @@ def _fit(
         order = torch.randperm(len(images)).numpy()
         for batch, chosen in enumerate(np.array_split(order, batches)):
             step = epoch * batches + batch
+            rate = spec.learning_rate * schedule(step, total)
             for group in optimizer.param_groups:
-                group["lr"] = spec.learning_rate * schedule(step, total)
+                group["lr"] = rate
             logits = network(normalized(images, chosen))
             loss = nn.functional.cross_entropy(logits, labels[torch.from_numpy(chosen)])
             if not math.isfinite(value := loss.item()):
@@ -211,8 +212,9 @@ def _reproducible(seed: int) -> Iterator[None]:
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    # `devices=()`: the random state of the CPU only. Gradients even if a caller switched them off.
-    with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.enable_grad():
+    # No devices: the random state of the CPU only. inference_mode(False) brings gradients back if a
+    # caller switched them off.
+    with torch.random.fork_rng(devices=()), torch.inference_mode(False):
         try:
             torch.set_num_threads(THREADS)
             torch.use_deterministic_algorithms(True)
