@@ -19,12 +19,12 @@ from torch import fx, nn
 
 from edgexception import __version__
 from edgexception.errors import EdgexError
-from edgexception.export.dialects import Dialect, check_plan
-from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, module_of
+from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
-from edgexception.quantize.plan import ActivationQuant, QuantPlan
-from edgexception.quantize.simulate import quantize_weight
+from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
+from edgexception.quantize.plan import QuantPlan
+from edgexception.quantize.simulate import accumulator_scales, quantize_bias, quantize_weight
 
 FLOAT_OPSET = 17
 IR_VERSION = 10
@@ -48,8 +48,6 @@ def to_onnx(
     """
     if (plan is None) != (dialect is None):
         raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
-    if plan is not None and dialect is not None:
-        check_plan(plan, dialect)
     writer = _Writer(graph, preprocess, plan, dialect)
     outputs = writer.write()
     height, width = preprocess.input_size
@@ -103,7 +101,8 @@ class _Writer:
         self.plan = plan
         self.dialect = dialect
         self.sizes = _spatial_sizes(graph, preprocess)
-        self.weighted = layers(graph)
+        self.grids = written_grids(graph, plan, dialect) if plan and dialect else {}
+        self.reads = rounded_reads(graph, self.grids, dialect) if dialect else {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -124,17 +123,9 @@ class _Writer:
             self._quantize_output(node)
         return features
 
-    # --- what a consumer reads
-
-    def grid(self, name: str) -> ActivationQuant | None:
-        """Return the plan's grid of a tensor, when this dialect writes it."""
-        grid = self.plan.activations.get(name) if self.plan else None
-        return grid if grid and self.dialect and grid.role in self.dialect.roles else None
-
     def read(self, producer: fx.Node, consumer: fx.Node) -> str:
         """Return the tensor that `consumer` reads: in float, or through the producer's Q/DQ."""
-        grid = self.grid(producer.name)
-        rounded = grid is not None and (grid.role == "output" or consumer.name in self.weighted)
+        rounded = consumer.name in self.reads.get(producer.name, ())
         return f"{producer.name}_dq" if rounded else producer.name
 
     # --- nodes
@@ -153,7 +144,7 @@ class _Writer:
         return name
 
     def _input(self) -> None:
-        grid = self.grid(INPUT)
+        grid = self.grids.get(INPUT)
         self.node("Transpose", ["images"], "images_nchw", perm=[0, 3, 1, 2])
         if grid is not None and not grid.signed:
             return  # uint8 with zero point 128 is the photo itself: no rounding, no node
@@ -162,7 +153,7 @@ class _Writer:
         self.node("Sub", ["images_float", offset], INPUT)
 
     def _quantize_output(self, node: fx.Node) -> None:
-        grid = self.grid(node.name)
+        grid = self.grids.get(node.name)
         if grid is None:
             return
         name = node.name
@@ -189,25 +180,24 @@ class _Writer:
     def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
         name = node.name
         weight = layer.weight.detach()
-        bias = None if layer.bias is None else layer.bias.detach().numpy()
         if self.plan is None or self.dialect is None:
             names = [self.constant(f"{name}_weight", weight.numpy())]
-            return names if bias is None else [*names, self.constant(f"{name}_bias", bias)]
+            if layer.bias is not None:
+                names.append(self.constant(f"{name}_bias", layer.bias.detach().numpy()))
+            return names
         grid = self.plan.weights[name]
         scales = np.array(grid.scales, dtype=np.float32)
-        names = [self._dequantized(f"{name}_weight", quantize_weight(weight, grid).numpy(), scales)]
-        if bias is None:
+        integers = quantize_weight(weight, grid).numpy()
+        names = [self._dequantized(f"{name}_weight", integers, scales)]
+        if layer.bias is None:
             return names
         if not self.dialect.integer_bias:
-            return [*names, self.constant(f"{name}_bias", bias)]
-        source = self.grid(cast(fx.Node, node.args[0]).name)
-        if source is None:
-            raise EdgexError(f"layer {name} has quantized weights but its input has no grid")
-        steps = (np.float32(source.scale) * scales).astype(np.float32)
-        integers = np.rint(bias.astype(np.float64) / steps)
-        if np.abs(integers).max(initial=0.0) >= 2**31:
-            raise EdgexError(f"layer {name}: its bias does not fit 32 bits at the plan's scales")
-        return [*names, self._dequantized(f"{name}_bias", integers.astype(np.int32), steps)]
+            return [*names, self.constant(f"{name}_bias", layer.bias.detach().numpy())]
+        steps = accumulator_scales(self.grids[cast(fx.Node, node.args[0]).name], grid)
+        return [
+            *names,
+            self._dequantized(f"{name}_bias", quantize_bias(name, layer.bias, steps), steps),
+        ]
 
     def _dequantized(self, name: str, integers: np.ndarray, scales: np.ndarray) -> str:
         quantized = self.constant(f"{name}_q", integers)
@@ -220,12 +210,20 @@ class _Writer:
 def _convolution(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
     layer = cast(nn.Conv2d, module)
     rows, columns = cast(tuple[int, int], layer.padding)
+    strides = list(layer.stride)
+    openvino = writer.dialect is not None and writer.dialect.name == "openvino"
+    if openvino and layer.kernel_size == (1, 1) and strides != [1, 1]:
+        # OpenVINO moves the stride of a 1x1 convolution in front of its input's Q/DQ and then
+        # computes it in float; with the pixels picked behind them it stays INT8, with equal results.
+        picked = f"{node.name}_picked"
+        writer.node("MaxPool", inputs[:1], picked, kernel_shape=[1, 1], strides=strides)
+        inputs, strides = [picked, *inputs[1:]], [1, 1]
     writer.node(
         "Conv",
         inputs,
         node.name,
         kernel_shape=list(layer.kernel_size),
-        strides=list(layer.stride),
+        strides=strides,
         pads=[rows, columns, rows, columns],
         group=layer.groups,
     )

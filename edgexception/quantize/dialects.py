@@ -1,0 +1,109 @@
+"""How each runtime wants INT8 written: one plan, many dialects.
+
+| dialect     | activations            | layer outputs | bias                          |
+|-------------|------------------------|---------------|-------------------------------|
+| onnxruntime | uint8                  | quantized     | int32, scale = input x weight |
+| openvino    | any grid of the plan   | float         | float                         |
+| tensorrt    | int8 with zero point 0 | float         | float, never quantized        |
+
+ONNX Runtime computes a layer in INT8 only when its output is quantized, too (QLinearConv), and
+with a ReLU in between only when that ReLU is the lower end of the grid: a uint8 grid with zero
+point 0. On x86 it turns int8 activations into uint8 anyway, and at opset 21 its own rewriting of a
+quantized max-pool leaves an `output_dtype` behind that then no longer fits ("output_dtype INT8 does
+not match y_zero_point type UINT8", ONNX Runtime 1.32). So its dialect is opset 17 and uint8.
+
+OpenVINO and TensorRT fuse the output's scale into whatever follows. OpenVINO reads a uint8 photo
+with a zero point in float, and an int8 one in INT8. TensorRT's parser refuses an int32
+DequantizeLinear and any zero point other than 0 (TensorRT documentation, "Working with quantized
+types"); opset 19 is the first with float16 scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from edgexception.errors import UsageError
+from edgexception.model.graph import INPUT, layers, module_of
+from edgexception.quantize.edges import layer_outputs
+from edgexception.quantize.plan import ActivationQuant, QuantPlan
+from edgexception.targets import load_dialects
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One row of the table above."""
+
+    name: str
+    opset: int
+    quantized_outputs: bool
+    """Layers write integers, which everyone reads; otherwise they write float and only layers
+    read rounded tensors."""
+    integer_bias: bool
+
+
+DIALECTS = {
+    row.name: row
+    for row in (
+        Dialect("onnxruntime", 17, quantized_outputs=True, integer_bias=True),
+        Dialect("openvino", 17, quantized_outputs=False, integer_bias=False),
+        Dialect("tensorrt", 19, quantized_outputs=False, integer_bias=False),
+    )
+}
+
+
+def check_plan(plan: QuantPlan, dialect: Dialect) -> None:
+    """Raise UsageError when `dialect` has no words for the plan."""
+    if plan.symmetric or "asymmetric" in load_dialects()[dialect.name].activations:
+        return
+    name, grid = next((n, g) for n, g in plan.activations.items() if not g.signed or g.zero_point)
+    raise UsageError(
+        f"dialect {dialect.name} needs int8 activations with zero point 0, but the plan has "
+        f"{'int8' if grid.signed else 'uint8'} with zero point {grid.zero_point} at {name}; "
+        "quantize with `activations: symmetric`"
+    )
+
+
+def written_grids(
+    graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect
+) -> dict[str, ActivationQuant]:
+    """Return the grids of a plan as `dialect` writes them, by the node that produces the tensor.
+
+    Raises UsageError when it cannot.
+    """
+    check_plan(plan, dialect)
+    relus = {
+        node.name
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(module_of(graph, node), nn.ReLU)
+    }
+    return {
+        name: _written(name, grid, dialect, name in relus)
+        for name, grid in plan.activations.items()
+        if grid.role == "input" or dialect.quantized_outputs
+    }
+
+
+def _written(name: str, grid: ActivationQuant, dialect: Dialect, is_relu: bool) -> ActivationQuant:
+    if dialect.name == "onnxruntime" and grid.signed:
+        # After a ReLU the lower half of an int8 grid is empty: the uint8 grid with the same step
+        # has its levels 0...127, and clips later.
+        zero = 0 if is_relu and grid.zero_point == 0 else grid.zero_point + 128
+        return grid.model_copy(update={"signed": False, "zero_point": zero})
+    if dialect.name == "openvino" and name == INPUT and not grid.signed:
+        return grid.model_copy(update={"signed": True, "zero_point": grid.zero_point - 128})
+    return grid
+
+
+def rounded_reads(
+    graph: fx.GraphModule, grids: dict[str, ActivationQuant], dialect: Dialect
+) -> dict[str, set[str]]:
+    """Return tensor -> the nodes that read it rounded to its grid; the others read it in float."""
+    weighted = set(layers(graph))
+    written = layer_outputs(graph) if dialect.quantized_outputs else {}
+    return {
+        node.name: {u.name for u in node.users if node.name in written or u.name in weighted}
+        for node in graph.graph.nodes
+        if node.name in grids
+    }
