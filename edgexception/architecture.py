@@ -105,6 +105,11 @@ class Architecture(BaseModel):
         return self
 
     @property
+    def outputs(self) -> int:
+        """Number of logits, or of pooled features for a network without a head."""
+        return self.head[-1] if self.head else self.tail[-1]
+
+    @property
     def parameters(self) -> int:
         """Number of trainable parameters, from the widths alone: nothing is allocated."""
         # A convolution has no bias; its BatchNorm has a factor and an offset per output channel.

@@ -243,6 +243,20 @@ class Store:
         files = {name: FileRecord(**record) for name, record in found.items()}
         return Artifact(stage, key, folder, files, manifest["digest"])
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield an empty folder on the store's disk for work that nobody is to find afterwards.
+
+        What a killed process leaves of it is removed when the store is opened again.
+        """
+        work = self._partial / secrets.token_hex(8)
+        with _disk_faults(work):
+            work.mkdir(parents=True)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
     def publish(
         self,
         stage: str,
@@ -263,10 +277,7 @@ class Store:
         if existing := self.get(stage, key):
             return existing
         final = self._folder(stage, key)
-        work = self._partial / secrets.token_hex(8)
-        with _disk_faults(work):
-            work.mkdir(parents=True)
-        try:
+        with self.scratch() as work:
             _run(write, work)
             with _disk_faults(final):
                 _seal(work, stage, key, inputs)
@@ -274,8 +285,6 @@ class Store:
                 work.rename(final)
                 _sync(final.parent)
                 _sync(self.root)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         artifact = self.get(stage, key)
         if artifact is None:
             raise BadArtifact(f"{final}: disappeared while it was published; run again")

@@ -15,7 +15,6 @@ from edgexception.console import Console, exit_codes
 if TYPE_CHECKING:
     from edgexception.pipeline import Last
     from edgexception.recipe import Recipe
-    from edgexception.report.record import Report
 
 app = typer.Typer(
     name="edgex",
@@ -77,16 +76,12 @@ def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> N
 
     def command(source: Path, out: Path | None, json_: bool, quiet: bool, **given: Any) -> None:
         with exit_codes():
-            from edgexception.errors import UsageError
             from edgexception.short_form import Flags, recipe_of
 
             said: dict[str, Any] = {
                 key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
             }
-            recipe = recipe_of(source, Flags(**said), bench=last == "bench")
-            if last in ("build", "bench") and not recipe.targets:
-                raise UsageError(f"`edgex {name}` needs --target NAME; `edgex targets` lists them")
-            _run(recipe, last, out, json_, quiet)
+            _run(recipe_of(source, Flags(**said), last), last, out, json_, quiet)
 
     command.__doc__ = text
     annotations = {"source": Source, **flags, "out": Out, "json_": Json, "quiet": Quiet}
@@ -112,13 +107,9 @@ def run_recipe(
 ) -> None:
     """Run a whole recipe: import, quantize, export, build, measure, report, gates."""
     with exit_codes():
-        from edgexception.errors import GateFailed
         from edgexception.recipe_file import load_recipe
-        from edgexception.report.render import gate_lines
 
-        report = _run(load_recipe(recipe), "bench", out, json_, quiet)
-        if report.failed_gates:
-            raise GateFailed("; ".join(gate_lines(report.failed_gates)))
+        _run(load_recipe(recipe), "bench", out, json_, quiet)
 
 
 _stage_command("import", "import", _MODEL, "Read a trained network and check it.")
@@ -128,15 +119,17 @@ _stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
 _stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")
 
 
-def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool) -> Report:
+def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool) -> None:
+    from edgexception.errors import GateFailed
     from edgexception.pipeline import Listener, run
     from edgexception.recipe_file import dump_recipe
-    from edgexception.report.render import to_text
+    from edgexception.report.render import gate_lines, to_text
 
     console = Console(quiet)
     folder = out or Path("build") / recipe.name
-    report = run(recipe, folder, last, Listener(console.stage, console.progress))
-    if all(line.reused for line in report.stages):
+    with console.data_only():
+        report, fault = run(recipe, folder, last, Listener(console.stage, console.progress))
+    if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")
     if json_:
         typer.echo(report.model_dump_json(indent=1))
@@ -144,7 +137,10 @@ def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool)
         typer.echo(f"# the recipe that was used\n{dump_recipe(recipe)}")
         typer.echo(to_text(report))
         typer.echo(f"results: {folder} (report.md, report.json)")
-    return report
+    if fault:
+        raise fault
+    if report.failed_gates:
+        raise GateFailed("; ".join(gate_lines(report.failed_gates)))
 
 
 @app.command()
@@ -212,4 +208,4 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="edgex")

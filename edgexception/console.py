@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from edgexception.errors import EdgexError
@@ -47,6 +48,13 @@ class Console:
         else:
             self.say(text)
 
+    @contextmanager
+    def data_only(self) -> Iterator[None]:
+        """Keep stdout for data: whatever a library prints goes to stderr, or nowhere if quiet."""
+        other = open(os.devnull, "w") if self.quiet else nullcontext(sys.stderr)  # noqa: SIM115
+        with other as stream, redirect_stdout(stream):
+            yield
+
     def say(self, text: str) -> None:
         """Write one line to stderr."""
         if not self.quiet:
@@ -63,22 +71,42 @@ def exit_codes() -> Iterator[None]:
         _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on where it stopped", 130)
-    except MemoryError:
-        _leave("out of memory: close other programs, or take fewer images or a smaller batch", 6)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:  # noqa: BLE001 - the last boundary: a bug of ours is named as such
         if os.environ.get("EDGEX_DEBUG"):
             traceback.print_exc()
-        _leave(
-            f"this is a bug in edgex: {type(error).__name__}: {error}. Set EDGEX_DEBUG=1 for the "
-            "traceback, and report it with the command",
-            70,
-        )
+        _leave(*_of_the_machine(error) or _bug(error))
+
+
+def _of_the_machine(error: Exception) -> tuple[str, int] | None:
+    """Return message and exit code of an error that is not ours but the machine's."""
+    text = str(error)
+    # torch raises a plain RuntimeError when its allocator gets nothing.
+    torch_full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
+    if isinstance(error, MemoryError) or torch_full:
+        return "out of memory: close other programs, or take fewer images or a smaller batch", 6
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the disk'}: {error.strerror}; free some space", 6
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("edgexception"):
+        return f"{error.name} is not installed: pip install 'edgexception[workstation]'", 3
+    return None
+
+
+def _bug(error: Exception) -> tuple[str, int]:
+    return (
+        f"this is a bug in edgex: {type(error).__name__}: {error}. Set EDGEX_DEBUG=1 for the "
+        "traceback, and report it with the command",
+        70,
+    )
 
 
 def _leave(message: str, code: int) -> None:
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{clear}edgex: {message}\n")
+    # File names and the words of a device may hold anything; a terminal obeys control characters.
+    plain = "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message
+    )
+    sys.stderr.write(f"{clear}edgex: {plain}\n")
     raise SystemExit(code)

@@ -19,6 +19,8 @@ class EdgexError(Exception):
     """Base of every error that edgexception raises on purpose."""
 
     exit_code = 70
+    engine: str | None = None
+    """The engine whose measurement failed, where several are measured together."""
 
 
 class GateFailed(EdgexError):

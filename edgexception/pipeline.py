@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from edgexception.artifacts import Artifact, Store, atomic_write
 from edgexception.bench.protocol import Engine
+from edgexception.bench.statistics import Times
 from edgexception.data import open_calibration, open_evaluation
 from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, local_device
+from edgexception.engine_stages import bench, build, evaluate
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
-from edgexception.recipe import Recipe, TargetSpec
+from edgexception.recipe import BenchSpec, CheckpointModel, Recipe, TargetSpec
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, report_of
 from edgexception.report.record import Network, Report, StageLine
 from edgexception.report.render import to_markdown
+from edgexception.sources import list_source
 from edgexception.stages import (
-    Workshop,
-    bench,
-    build,
-    evaluate,
     export,
+    find_checkpoint,
     import_model,
     quantize,
     reference,
     verify,
 )
 from edgexception.targets import find_runtime, find_target
+from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "export", "build", "bench"]
 LAST: tuple[Last, ...] = ("import", "quantize", "export", "build", "bench")
@@ -50,6 +50,13 @@ class Listener:
 
     stage: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
+
+
+class Outcome(NamedTuple):
+    """What a run found, and the error of the first engine that failed, if one did."""
+
+    report: Report
+    fault: EdgexError | None
 
 
 @dataclass
@@ -68,6 +75,7 @@ class _Run:
     exports: dict[str, Artifact] = field(default_factory=dict)
     parity: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     parity_from: str = ""
+    parity_faults: dict[tuple[str, str], EdgexError] = field(default_factory=dict)
     engines: dict[Place, Artifact] = field(default_factory=dict)
     measured: dict[Place, Measured] = field(default_factory=dict)
     faults: dict[Place, EdgexError] = field(default_factory=dict)
@@ -75,23 +83,24 @@ class _Run:
 
 def run(
     recipe: Recipe, out: Path, last: Last = "bench", listener: Listener | None = None
-) -> Report:
+) -> Outcome:
     """Run a recipe's stages up to `last` and return what was found.
 
     Results are kept in `out`/store and linked from `out` by name; `recipe.yaml`, `report.json` and
     `report.md` are written at the end. Nothing that was done before for the same content is done
-    again. Raises the EdgexError of whatever cannot be done; where a single engine fails, the others
-    still run and the report is written before its error is raised.
+    again. Where a single engine fails, the others still run, the report says so, and its error is
+    returned beside it. Raises the EdgexError of whatever else cannot be done.
     """
     check_recipe(recipe)
+    _check_sources(recipe, last)
     listener = listener or Listener()
     with _output(out) as store:
         device = local_device()
-        shop = Workshop(store, device, _probe(device, out), listener.stage, listener.progress)
+        shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(_places(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = _Run(recipe, shop, places, *import_model(shop, recipe.model))
-        _open_photos(state, last)
         if _reaches(last, "quantize"):
+            _open_photos(state)
             _quantize(state)
         if _reaches(last, "export"):
             _export(state)
@@ -100,11 +109,9 @@ def run(
             _build(state)
         if _reaches(last, "bench"):
             _measure(state)
-        report = report_of(_findings(state))
+        report = report_of(_findings(state, judged=_reaches(last, "bench")))
         _publish(out, state, report)
-    for fault in state.faults.values():
-        raise fault
-    return report
+    return Outcome(report, next(iter(state.faults.values()), None))
 
 
 def _reaches(last: Last, stage: Last) -> bool:
@@ -114,22 +121,37 @@ def _reaches(last: Last, stage: Last) -> bool:
 # --- before anything is done ----------------------------------------------------------------------
 
 
+def _check_sources(recipe: Recipe, last: Last) -> None:
+    """Refuse files and folders that are not there before a network is trained for an hour."""
+    sources = []
+    if isinstance(recipe.model, CheckpointModel):
+        find_checkpoint(recipe.model.path)
+    else:
+        sources.append(recipe.model.source)
+    if _reaches(last, "quantize"):
+        sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]
+    for source in sources:
+        list_source(source)
+
+
 def _output(out: Path) -> Store:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be the output folder: {error.strerror}") from error
+        raise UsageError(
+            f"{out}: cannot be the output folder ({error.strerror}); name another one with --out"
+        ) from error
     return Store(out / "store")
 
 
-def _probe(device: Device, out: Path) -> ProbeRecord:
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=out) as folder:
-        return ProbeRecord.model_validate(device.call("probe", {}, {}, Path(folder) / "answer"))
+def _probe(device: Device, store: Store) -> ProbeRecord:
+    with store.scratch() as folder:
+        return ProbeRecord.model_validate(device.call("probe", {}, {}, folder / "answer"))
 
 
 def _places(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
     """Yield every engine that the recipe asks for, after checking that this machine can have it."""
-    batches = recipe.bench.batch_sizes if recipe.bench else (1,)
+    batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
     for spec in recipe.targets:
         _check_target(spec, machine)
         threads = spec.threads or machine.cpu.usable_cores
@@ -160,15 +182,26 @@ def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
 # --- the steps ------------------------------------------------------------------------------------
 
 
-def _open_photos(state: _Run, last: Last) -> None:
+def _open_photos(state: _Run) -> None:
     recipe, preprocess = state.recipe, state.card.preprocess
-    if recipe.evaluation is not None and _reaches(last, "quantize"):
+    if recipe.evaluation is not None:
         state.labelled, state.evaluation = open_evaluation(
             recipe.evaluation, preprocess, state.card.classes
         )
-    if recipe.calibration is not None and _reaches(last, "quantize"):
+        _check_classes(state.labelled, state.card)
+    if recipe.calibration is not None:
         state.calibration = open_calibration(
             recipe.calibration, preprocess, evaluation=state.labelled
+        )
+
+
+def _check_classes(labelled: ImageSet, card: Network) -> None:
+    """Refuse the folders of an evaluation as the network's classes when their number is another."""
+    if labelled.labels is not None and len(labelled.classes or ()) != card.outputs:
+        raise UsageError(
+            f"the evaluation has {len(labelled.classes or ())} classes and the network "
+            f"{card.outputs} outputs: list the class names in the order of the outputs as "
+            "model.classes (--classes)"
         )
 
 
@@ -205,59 +238,84 @@ def _verify(state: _Run) -> None:
     answers = reference(state.shop, state.model, first, "for parity")
     for place in state.places:
         key = (place.form, place.runtime)
-        if key not in state.parity:
-            quantized = None if place.precision == "fp32" else state.quantized
-            state.parity[key] = verify(
-                state.shop,
-                state.model,
-                quantized,
-                state.exports[place.form],
-                answers,
-                place.runtime,
-                place.dialect,
-            )
+        if key not in state.parity and key not in state.parity_faults:
+            with _fault_noted(state.parity_faults, key):
+                state.parity[key] = _verified(state, place, answers)
+        if key in state.parity_faults:
+            state.faults[place] = state.parity_faults[key]
+
+
+def _verified(state: _Run, place: Place, answers: Artifact) -> Artifact:
+    return verify(
+        state.shop,
+        state.model,
+        None if place.precision == "fp32" else state.quantized,
+        state.exports[place.form],
+        answers,
+        place,
+        state.recipe.export.batch or 1,
+    )
 
 
 def _build(state: _Run) -> None:
     for place in state.places:
-        with _fault_noted(state, place):
-            state.engines[place] = build(
-                state.shop,
-                state.exports[place.form],
-                place.runtime,
-                place.batch,
-                place.threads,
-                place.key,
-            )
+        if place not in state.faults:
+            with _fault_noted(state.faults, place):
+                state.engines[place] = build(
+                    state.shop,
+                    state.exports[place.form],
+                    place.runtime,
+                    place.batch,
+                    place.threads,
+                    place.key,
+                )
 
 
 def _measure(state: _Run) -> None:
-    answers = None
     if state.evaluation is not None and state.engines:
         answers = reference(state.shop, state.model, state.evaluation, "for evaluation")
         floats = np.load(answers.file("logits.npy"), allow_pickle=False)
         for place, built in state.engines.items():
-            with _fault_noted(state, place):
+            with _fault_noted(state.faults, place):
                 logits = evaluate(state.shop, _engine(place, built), built, answers)
                 state.measured[place] = Measured(logits=logits, reference=floats)
-    working = {p: built for p, built in state.engines.items() if p not in state.faults}
-    if state.recipe.bench is not None and working:
-        engines = [(_engine(place, built), built) for place, built in working.items()]
-        times = bench(state.shop, engines, state.recipe.bench)
-        for place in working:
-            measured = state.measured.setdefault(place, Measured())
-            measured.rounds = times[place.key]
+    if state.recipe.bench is not None:
+        for place, rounds in _latency(state, state.recipe.bench).items():
+            state.measured.setdefault(place, Measured()).rounds = rounds
+
+
+def _latency(state: _Run, spec: BenchSpec) -> dict[Place, list[Times]]:
+    """Measure every engine that works; one that fails is taken out and the others start again."""
+    while True:
+        working = {p: built for p, built in state.engines.items() if p not in state.faults}
+        if not working:
+            return {}
+        try:
+            engines = [(_engine(place, built), built) for place, built in working.items()]
+            times = bench(state.shop, engines, spec)
+        except OutOfResources:
+            raise
+        except EdgexError as error:
+            failed = [place for place in working if place.key == error.engine]
+            if not failed:
+                raise
+            state.faults[failed[0]] = error
+        else:
+            return {place: times[place.key] for place in working}
+
+
+Key = TypeVar("Key")
 
 
 @contextmanager
-def _fault_noted(state: _Run, place: Place) -> Iterator[None]:
+def _fault_noted(faults: dict[Key, EdgexError], key: Key) -> Iterator[None]:
     """Note the error of one engine and go on with the next; a full disk or memory ends the run."""
     try:
         yield
     except OutOfResources:
         raise
     except EdgexError as error:
-        state.faults[place] = error
+        faults[key] = error
 
 
 def _engine(place: Place, built: Artifact) -> Engine:
@@ -268,7 +326,7 @@ def _engine(place: Place, built: Artifact) -> Engine:
 # --- what is left behind --------------------------------------------------------------------------
 
 
-def _findings(state: _Run) -> Findings:
+def _findings(state: _Run, *, judged: bool) -> Findings:
     return Findings(
         recipe=state.recipe,
         machine=state.shop.machine,
@@ -280,12 +338,14 @@ def _findings(state: _Run) -> Findings:
         plan=None if state.quantized is None else state.quantized.file("plan.json"),
         parity=state.parity,
         parity_from=state.parity_from,
+        parity_faults={key: str(error) for key, error in state.parity_faults.items()},
         places=state.places,
         exports=state.exports,
         engines=state.engines,
         measured=state.measured,
         faults={place: str(error) for place, error in state.faults.items()},
         stages=tuple(state.shop.done),
+        judged=judged,
     )
 
 
@@ -304,17 +364,25 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
         engine = _engine(place, built)
         links[f"engines/{place.key}{engine.path.suffix}"] = engine.path
         links[f"engines/{place.key}.build.json"] = built.file("build.json")
+    texts = {
+        "recipe.yaml": dump_recipe(state.recipe),
+        "report.json": report.model_dump_json(indent=1) + "\n",
+        "report.md": to_markdown(report),
+    }
+    with state.shop.store.scratch() as work:
+        _replace_links(out, links, work)
+        for name, text in texts.items():
+            atomic_write(work / name, text)
+            (work / name).replace(out / name)
+
+
+def _replace_links(out: Path, links: Mapping[str, Path], work: Path) -> None:
+    """Put each link in place in one step, and remove those that an earlier run left."""
+    for folder in (out, out / "onnx", out / "engines"):
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            if old.is_symlink() and old.relative_to(out).as_posix() not in links:
+                old.unlink()
     for name, path in links.items():
-        _link(out / name, path)
-    atomic_write(out / "recipe.yaml", dump_recipe(state.recipe))
-    atomic_write(out / "report.json", report.model_dump_json(indent=1) + "\n")
-    atomic_write(out / "report.md", to_markdown(report))
-
-
-def _link(name: Path, path: Path) -> None:
-    """Make `name` a relative link to `path`, replacing what an earlier run left, in one step."""
-    name.parent.mkdir(exist_ok=True)
-    new = name.with_name(f".{name.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(path, name.parent))
-    new.replace(name)
+        (work / "link").symlink_to(os.path.relpath(path, (out / name).parent))
+        (work / "link").replace(out / name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from edgexception.errors import UsageError
 from edgexception.recipe import PhotosSource, Recipe, Source, TargetSpec, TrainedHereModel
 from edgexception.strict_yaml import Fault, KeyPath
-from edgexception.targets import find_dialect, find_runtime, find_target
+from edgexception.targets import Dialect, find_dialect, find_runtime, find_target, load_dialects
 from edgexception.typed_yaml import field_name
 
 Rule = Callable[[Recipe], Iterator[Fault]]
@@ -172,19 +172,50 @@ def _int8_is_quantized(recipe: Recipe) -> Iterator[Fault]:
 def _dialects_can_say_the_plan(recipe: Recipe) -> Iterator[Fault]:
     if recipe.quantize is None:
         return
-    activations = recipe.quantize.activations
     for index, spec in enumerate(recipe.targets):
         for position, runtime in enumerate(spec.runtimes):
             try:
                 dialect = find_dialect(spec.target, runtime)
             except UsageError:
                 continue  # another rule names it
-            if "int8" in spec.precisions and activations not in dialect.activations:
-                yield Fault(
-                    ("targets", index, "runtimes", position),
-                    f"{runtime} cannot express {activations} activations; set "
-                    f"`quantize.activations: {dialect.activations[0]}` or remove this runtime",
-                )
+            if "int8" in spec.precisions:
+                path: KeyPath = ("targets", index, "runtimes", position)
+                yield from _can_say(runtime, dialect, recipe.quantize.activations, path)
+
+
+def _can_say(name: str, dialect: Dialect, activations: str, path: KeyPath) -> Iterator[Fault]:
+    if activations not in dialect.activations:
+        yield Fault(
+            path,
+            f"{name} cannot express {activations} activations; set "
+            f"`quantize.activations: {dialect.activations[0]}` or remove it",
+        )
+
+
+def _exports_are_quantized(recipe: Recipe) -> Iterator[Fault]:
+    yield from _distinct(recipe.export.dialects, ("export", "dialects"), "dialect")
+    if recipe.quantize is None:
+        if recipe.export.dialects:
+            yield Fault(
+                ("export", "dialects"),
+                "are ways to write the INT8 network, but nothing is quantized; add a `quantize:` "
+                "section or remove them",
+            )
+        return
+    for position, name in enumerate(recipe.export.dialects):
+        path: KeyPath = ("export", "dialects", position)
+        yield from _can_say(name, load_dialects()[name], recipe.quantize.activations, path)
+
+
+def _batch_is_measured(recipe: Recipe) -> Iterator[Fault]:
+    batch = recipe.export.batch
+    if batch is not None and recipe.bench and recipe.bench.batch_sizes != (batch,):
+        sizes = ", ".join(str(size) for size in recipe.bench.batch_sizes)
+        yield Fault(
+            ("export", "batch"),
+            f"fixes the batch size at {batch}, but bench measures {sizes}; set "
+            f"`bench.batch_sizes: [{batch}]`, or remove `export.batch`, which leaves it open",
+        )
 
 
 def _gates_are_measured(recipe: Recipe) -> Iterator[Fault]:
@@ -236,6 +267,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("targets", _targets_exist),
     ("quantize targets", _int8_is_quantized),
     ("quantize targets", _dialects_can_say_the_plan),
+    ("quantize export", _exports_are_quantized),
+    ("export bench", _batch_is_measured),
     ("gates bench evaluation targets", _gates_are_measured),
 )
 """Every rule with the sections it reads."""

@@ -17,6 +17,19 @@ from edgexception.targets import find_target
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
+_NEEDED: dict[str, dict[str, str]] = {
+    "quantize": {"quantize": "calibration"},
+    "build": {"targets": "target"},
+    "bench": {"targets": "target", "bench": "target"},
+}
+"""Stage -> the sections that a recipe needs to get there, with the flag that makes each."""
+
+_DEPENDENT = {
+    "calibration": ("images", "crops", "activations", "ranges", "weight_bits", "dialect"),
+    "target": ("runtime", "precision", "batch", "threads"),
+    "input_size": ("resize", "interpolation"),
+}
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -41,15 +54,24 @@ class Flags:
     threads: int | None = None
 
 
-def recipe_of(source: Path, flags: Flags, *, bench: bool = False) -> Recipe:
+def recipe_of(source: Path, flags: Flags, last: str = "import") -> Recipe:
     """Return the recipe that `source` is, or that `source` (a checkpoint) and the flags make.
 
     A recipe file takes one flag, `--target`, which keeps that target of it alone. Raises UsageError
-    for flags that cannot be followed.
+    for flags that cannot be followed, and for what does not get as far as the stage `last`.
     """
     if source.suffix.lower() in RECIPE_SUFFIXES:
-        return _narrowed(load_recipe(source), source, flags)
-    sections = _sections(source, flags, bench)
+        recipe = _narrowed(load_recipe(source), source, flags)
+        lacking = [name for name in _NEEDED.get(last, {}) if not getattr(recipe, name)]
+        if lacking:
+            raise UsageError(f"{source}: has no `{lacking[0]}:` section; add one for this command")
+        return recipe
+    for name in _NEEDED.get(last, {}).values():
+        if getattr(flags, name) is None:
+            hint = "; `edgex targets` lists them" if name == "target" else ""
+            raise UsageError(f"{source}: this command needs --{name} with a checkpoint{hint}")
+    _check_used(flags)
+    sections = _sections(source, flags, bench=last == "bench")
     try:
         recipe = Recipe.model_validate(sections)
     except ValidationError as error:
@@ -62,13 +84,26 @@ def recipe_of(source: Path, flags: Flags, *, bench: bool = False) -> Recipe:
     return recipe
 
 
+def _check_used(flags: Flags) -> None:
+    """Refuse a flag that says something about a part of the recipe that is not there."""
+    for base, dependents in _DEPENDENT.items():
+        if getattr(flags, base) is None:
+            for name in dependents:
+                if getattr(flags, name) not in (None, ()):
+                    raise UsageError(f"--{_flag(name)} has no effect without --{_flag(base)}")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def _narrowed(recipe: Recipe, source: Path, flags: Flags) -> Recipe:
     given = [
         name for name, value in vars(flags).items() if value not in (None, ()) and name != "target"
     ]
     if given:
         raise UsageError(
-            f"{source}: is a recipe, so --{given[0].replace('_', '-')} has no place; write it into "
+            f"{source}: is a recipe, so --{_flag(given[0])} has no place; write it into "
             "the recipe, or name a checkpoint instead"
         )
     if flags.target is None:
@@ -137,8 +172,6 @@ def _model(source: Path, flags: Flags) -> dict[str, Any]:
     transform = _set({"resize": flags.resize, "interpolation": flags.interpolation})
     if flags.input_size is not None:
         model["preprocess"] = {"input_size": (flags.input_size, flags.input_size), **transform}
-    elif transform:
-        raise UsageError("--resize and --interpolation need --input-size, too")
     return model
 
 

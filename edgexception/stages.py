@@ -1,4 +1,4 @@
-"""The stages of a run: each is done once per content of its inputs, and its result is an artifact.
+"""The stages left of the ONNX seam, and the comparison of what was exported.
 
 A stage's key holds everything that its result depends on: the digests of what it reads, its
 section of the recipe, and the versions of the libraries and of the machine that do the work. What
@@ -7,34 +7,31 @@ needs torch is imported inside a stage, so that a run with nothing left to do do
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.artifacts import Artifact, Store, sha256_file, stage_key
-from edgexception.bench.protocol import Engine, measure_latency, run_images
+from edgexception.artifacts import Artifact, sha256_file
+from edgexception.bench.protocol import Engine, run_images
 from edgexception.calibration import write_calibration_manifest
 from edgexception.data import open_training
-from edgexception.device import Device, ProbeRecord, Progress
+from edgexception.device import Progress
+from edgexception.engine_stages import call_build
 from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.recipe import (
-    BenchSpec,
     CalibrationSpec,
     CheckpointModel,
     ModelSpec,
     PtqSpec,
     TrainedHereModel,
 )
-from edgexception.report.assemble import compare
-from edgexception.report.record import Network, StageLine
+from edgexception.report.assemble import Place, compare
+from edgexception.report.record import Network
+from edgexception.workshop import Workshop, versions, write_json
 
 if TYPE_CHECKING:
     from torch import fx
@@ -47,63 +44,6 @@ FLOAT_PARITY_DB = 60.0
 """Least SQNR of an exported float network as a runtime executes it, against torch."""
 
 
-@dataclass
-class Workshop:
-    """Where stages run: the store, the device with what it said of itself, and who listens."""
-
-    store: Store
-    device: Device
-    machine: ProbeRecord
-    tell: Callable[[StageLine], None] = lambda _: None
-    progress: Callable[[Progress], None] = lambda _: None
-    done: list[StageLine] = field(default_factory=list)
-
-    def once(
-        self,
-        stage: str,
-        what: str,
-        inputs: Mapping[str, Any],
-        write: Callable[[Path], None],
-    ) -> Artifact:
-        """Return the stage's artifact for these inputs, and make it first if it is not there."""
-        key = stage_key(stage, inputs)
-        start = time.monotonic()
-        artifact = self.store.get(stage, key)
-        reused = artifact is not None
-        if artifact is None:
-            self.progress(Progress(f"{stage} {what}", 0, 1, None))
-            artifact = self.store.publish(stage, key, inputs, write)
-        seconds = round(time.monotonic() - start, 3)
-        line = StageLine(stage=stage, what=what, key=key, reused=reused, seconds=seconds)
-        self.done.append(line)
-        self.tell(line)
-        return artifact
-
-    def identity(self, runtime: str) -> dict[str, Any]:
-        """Return what a measurement or an engine of `runtime` on this device depends on."""
-        return {
-            "device": self.device.name,
-            "arch": self.machine.arch,
-            "cpu": self.machine.cpu.model,
-            "flags": list(self.machine.cpu.flags),
-            "runtime": runtime,
-            "version": self.machine.runtimes[runtime].version,
-        }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the installed versions of packages, for a stage's key."""
-    return {name: version(name) for name in packages}
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write plain data as readable JSON."""
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-# --- left of the seam -----------------------------------------------------------------------------
-
-
 def import_model(shop: Workshop, spec: ModelSpec) -> tuple[Artifact, Network]:
     """Read a checkpoint, or train the network: `model.safetensors` and `model.json`."""
     if isinstance(spec, CheckpointModel):
@@ -114,22 +54,38 @@ def import_model(shop: Workshop, spec: ModelSpec) -> tuple[Artifact, Network]:
 
 
 def _import_checkpoint(shop: Workshop, spec: CheckpointModel) -> Artifact:
-    if not spec.path.is_file():
-        raise UsageError(f"{spec.path}: there is no such checkpoint file")
+    digest = _digest(spec.path)
 
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import load_checkpoint
 
         model = load_checkpoint(spec.path, classes=spec.classes, preprocess=spec.preprocess)
+        if model.source["sha256"] != digest:
+            raise BadArtifact(f"{spec.path}: has changed while it was read; run again")
         _write_model(model, folder)
 
     inputs = {
         "file": spec.path.name,
-        "sha256": sha256_file(spec.path),
+        "sha256": digest,
         "spec": spec.model_dump(exclude={"path"}),
         "versions": versions("torch", "h5py", "safetensors"),
     }
     return shop.once("import", spec.path.name, inputs, write)
+
+
+def find_checkpoint(path: Path) -> None:
+    """Raise UsageError unless there is a file; a pipe or a device would be read without end."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "there is no such checkpoint"
+        raise UsageError(f"{path}: {what}; name a .keras, .h5, .pth or .safetensors file")
+
+
+def _digest(path: Path) -> str:
+    find_checkpoint(path)
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the rights") from error
 
 
 def _train(shop: Workshop, spec: TrainedHereModel) -> Artifact:
@@ -165,6 +121,7 @@ def _write_model(model: TrainedModel, folder: Path) -> None:
         classes=model.classes,
         preprocess=model.preprocess,
         source=model.source,
+        outputs=model.network.architecture.outputs,
         parameters=sum(p.numel() for p in model.network.parameters()),
         macs=cost.macs,
     )
@@ -224,8 +181,8 @@ def export(
     """Write `model.onnx`: in float, or the quantized network in the words of `dialect`."""
 
     def write(folder: Path) -> None:
-        from edgexception.export.dialects import DIALECTS
         from edgexception.export.onnx_graph import to_onnx
+        from edgexception.quantize.dialects import DIALECTS
 
         trained = _load(model)
         graph, plan = _graph_and_plan(trained, quantized)
@@ -313,17 +270,18 @@ def verify(
     quantized: Artifact | None,
     exported: Artifact,
     images: Artifact,
-    runtime: str,
-    dialect: str,
+    place: Place,
+    batch: int,
 ) -> Artifact:
-    """Compare torch, its quantized simulation and `runtime` on images: `parity.json`.
+    """Compare torch, its quantized simulation and the place's runtime on images: `parity.json`.
 
-    `images` is a `reference` artifact. Raises BadArtifact when the exported float network does not
-    compute what torch computes.
+    `images` is a `reference` artifact, `batch` a size that the exported graph takes. Raises
+    BadArtifact when the exported float network does not compute what torch computes.
     """
+    runtime, dialect = place.runtime, place.dialect
 
     def write(folder: Path) -> None:
-        from edgexception.export.dialects import DIALECTS
+        from edgexception.quantize.dialects import DIALECTS
         from edgexception.quantize.simulate import simulate
 
         floats = np.load(images.file("logits.npy"), allow_pickle=False)
@@ -334,7 +292,8 @@ def verify(
             simulated = simulate(graph, plan, DIALECTS[dialect])
             expected = _torch_logits(shop, simulated, images.file("images.npy"))
             rows["simulated_vs_float"] = compare(floats, expected)
-        executed = _executed(shop, exported, images.file("images.npy"), runtime, folder)
+        with shop.store.scratch() as work:
+            executed = _executed(shop, exported, images.file("images.npy"), runtime, batch, work)
         rows["executed_vs_float"] = compare(floats, executed)
         rows["executed_vs_torch"] = compare(expected, executed)
         sqnr = rows["executed_vs_torch"]["sqnr_db"]
@@ -352,104 +311,17 @@ def verify(
         "exported": exported.digest,
         "images": images.digest,
         "dialect": dialect,
+        "batch": batch,
         "machine": shop.identity(runtime),
         "versions": versions("torch"),
     }
-    what = f"{'fp32' if quantized is None else 'int8'} on {runtime}"
-    return shop.once("verify", what, inputs, write)
+    return shop.once("verify", f"{place.precision} on {runtime}", inputs, write)
 
 
 def _executed(
-    shop: Workshop, exported: Artifact, images: Path, runtime: str, folder: Path
+    shop: Workshop, exported: Artifact, images: Path, runtime: str, batch: int, work: Path
 ) -> NDArray[np.float32]:
     threads = shop.machine.cpu.usable_cores
-    out = folder / "engine"
-    record = _call_build(shop, exported, runtime, 1, threads, out)
-    engine = Engine("parity", runtime, out / record["engine"], 1, threads)
-    logits = run_images(engine, images, shop.device, folder / "run", shop.progress)
-    for name in ("engine", "run"):
-        for path in (folder / name).iterdir():
-            path.unlink()
-        (folder / name).rmdir()
-    return logits
-
-
-# --- right of the seam ----------------------------------------------------------------------------
-
-
-def build(
-    shop: Workshop, exported: Artifact, runtime: str, batch: int, threads: int, what: str
-) -> Artifact:
-    """Build one engine on the device: the engine file and `build.json`."""
-
-    def write(folder: Path) -> None:
-        record = _call_build(shop, exported, runtime, batch, threads, folder)
-        write_json(folder / "build.json", record)
-
-    inputs = {
-        "exported": exported.digest,
-        "batch": batch,
-        "threads": threads,
-        "machine": shop.identity(runtime),
-    }
-    return shop.once("build", what, inputs, write)
-
-
-def _call_build(
-    shop: Workshop, exported: Artifact, runtime: str, batch: int, threads: int, out: Path
-) -> dict[str, Any]:
-    request = {"runtime": runtime, "model": "model.onnx", "batch": batch, "threads": threads}
-    files = {"model.onnx": exported.file("model.onnx")}
-    return shop.device.call("build", request, files, out, shop.progress)
-
-
-def evaluate(
-    shop: Workshop, engine: Engine, built: Artifact, images: Artifact
-) -> NDArray[np.float32]:
-    """Return the logits that the device computes on a `reference` artifact's images."""
-
-    def write(folder: Path) -> None:
-        logits = run_images(
-            engine, images.file("images.npy"), shop.device, folder / "run", shop.progress
-        )
-        np.save(folder / "logits.npy", logits)
-
-    inputs = {
-        "engine": built.digest,
-        "images": images.digest,
-        "threads": engine.threads,
-        "machine": shop.identity(engine.runtime),
-    }
-    artifact = shop.once("evaluate", engine.key, inputs, write)
-    found: NDArray[np.float32] = np.load(artifact.file("logits.npy"), allow_pickle=False)
-    return found
-
-
-def bench(
-    shop: Workshop, engines: Sequence[tuple[Engine, Artifact]], spec: BenchSpec
-) -> dict[str, list[NDArray[np.int64]]]:
-    """Measure all engines in turns; return every raw time in ns, by engine and round."""
-
-    def write(folder: Path) -> None:
-        times = measure_latency(
-            [engine for engine, _ in engines], spec, shop.device, folder / "rounds", shop.progress
-        )
-        for number, (engine, _) in enumerate(engines):
-            for turn, values in enumerate(times[engine.key]):
-                np.save(folder / f"times-{number}-{turn}.npy", values)
-
-    inputs = {
-        "engines": [
-            [engine.key, built.digest, engine.batch, engine.threads] for engine, built in engines
-        ],
-        "spec": spec.model_dump(),
-        "machines": [shop.identity(runtime) for runtime in sorted({e.runtime for e, _ in engines})],
-    }
-    artifact = shop.once("bench", f"{len(engines)} engines", inputs, write)
-    return {
-        engine.key: [
-            np.load(artifact.file(f"times-{number}-{turn}.npy"), allow_pickle=False)
-            for turn in range(spec.rounds)
-        ]
-        for number, (engine, _) in enumerate(engines)
-    }
+    record = call_build(shop, exported, runtime, batch, threads, work / "engine")
+    engine = Engine("parity", runtime, work / "engine" / record["engine"], batch, threads)
+    return run_images(engine, images, shop.device, work / "run", shop.progress)

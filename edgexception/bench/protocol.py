@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, Progress
-from edgexception.errors import BadArtifact, MeasurementInvalid, UsageError
+from edgexception.errors import BadArtifact, EdgexError, MeasurementInvalid, UsageError
 from edgexception.recipe import BenchSpec
 
 Report = Callable[[Progress], None]
@@ -45,7 +45,8 @@ def measure_latency(
     the record of each run stay in `work`/round-N-engine-M. `spec.batch_sizes` is not looked at:
     an engine has one.
 
-    Raises MeasurementInvalid for times that cannot be, and what the agent refuses.
+    Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
+    `engine` names the one it was.
     """
     keys = [engine.key for engine in engines]
     if len(set(keys)) != len(keys) or not keys:
@@ -65,8 +66,12 @@ def measure_latency(
                 what = f"round {turn + 1}/{spec.rounds} {engine.key}"
                 progress(Progress(what, done, total, left))
             out = work / f"round-{turn + 1}-engine-{number + 1}"
-            _run(engine, device, out, timing=timing)
-            raw[engine.key].append(_times(out, engine.key, spec))
+            try:
+                _run(engine, device, out, timing=timing)
+                raw[engine.key].append(_times(out, engine.key, spec))
+            except EdgexError as error:
+                error.engine = engine.key
+                raise
             done += 1
     return raw
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
+import rich
 import torch
 from torch import fx, nn
 
@@ -120,7 +121,7 @@ def _range_estimator(ranges: str, percentile: float) -> RangeEstimatorParameters
 
 @contextmanager
 def _quiet_eager_nncf() -> Iterator[None]:
-    """Keep NNCF's log for problems, and run its quantizers as plain torch operations.
+    """Keep NNCF's log for problems, its progress bars off, and its quantizers plain torch.
 
     NNCF would compile a C++ extension on first use and torch.compile the fallback: minutes on a
     small machine, a compiler that may not be there, and a stale lock after a killed run.
@@ -128,12 +129,15 @@ def _quiet_eager_nncf() -> Iterator[None]:
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.WARNING)
+    console = rich.get_console()  # NNCF draws on this one: on stdout, where only data belongs
+    drawn, console.quiet = console.quiet, True
     nncf_functions.QuantizedFunctionsCPU._loaded_namespace = ReferenceQuantizedFunctions
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         logger.setLevel(level)
+        console.quiet = drawn
 
 
 def _read(graph: fx.GraphModule, quantized: nn.Module) -> Calibrated:

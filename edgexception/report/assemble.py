@@ -36,6 +36,9 @@ from edgexception.report.record import (
     StageLine,
 )
 
+SQNR_FLOOR_DB = -200.0
+"""What stands for minus infinity: the float network's logits are all zero, and others are not."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -83,12 +86,15 @@ class Findings:
     parity: Mapping[tuple[str, str], Artifact]
     """By ONNX form and runtime."""
     parity_from: str
+    parity_faults: Mapping[tuple[str, str], str]
     places: tuple[Place, ...]
     exports: Mapping[str, Artifact]
     engines: Mapping[Place, Artifact]
     measured: Mapping[Place, Measured]
     faults: Mapping[Place, str]
     stages: tuple[StageLine, ...]
+    judged: bool
+    """Whether the run went on to where gates are judged."""
 
 
 def report_of(found: Findings) -> Report:
@@ -106,7 +112,7 @@ def report_of(found: Findings) -> Report:
         bad_images=tuple(_bad_images(found)),
         parity=tuple(_parity(found)),
         rows=rows,
-        gates=judge(found.recipe.gates, rows) if found.measured or found.faults else (),
+        gates=judge(found.recipe.gates, rows) if found.judged else (),
         stages=found.stages,
     )
 
@@ -162,8 +168,11 @@ def _parity(found: Findings) -> Iterator[Parity]:
     for (form, runtime), artifact in found.parity.items():
         rows = json.loads(artifact.file("parity.json").read_bytes())
         yield Parity(form=form, images_from=found.parity_from, **rows | {"runtime": runtime})
+    for (form, runtime), reason in found.parity_faults.items():
+        yield Parity(form=form, runtime=runtime, failed=reason)
+    compared = {form for form, _ in (*found.parity, *found.parity_faults)}
     for form in found.exports:
-        if form not in {key for key, _ in found.parity}:
+        if form not in compared:
             reason = "no photos were given" if not found.parity_from else "no target here runs it"
             yield Parity(form=form, skipped=reason)
 
@@ -226,8 +235,7 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
 
 
 def compare(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, Any]:
-    """Return a fidelity as plain data; an SQNR of null means equal to the last bit."""
+    """Return a `Fidelity` as plain data: JSON has no infinity, which the SQNR can be."""
     row = asdict(fidelity(expected, found))
-    if not np.isfinite(row["sqnr_db"]):
-        row["sqnr_db"] = None
+    row["sqnr_db"] = None if row["sqnr_db"] == np.inf else max(row["sqnr_db"], SQNR_FLOOR_DB)
     return row

@@ -47,7 +47,10 @@ class Latency(Record):
 
 
 class Fidelity(Record):
-    """Logits against other logits of the same images; an SQNR of null is equal to the last bit."""
+    """Logits against other logits of the same images.
+
+    `sqnr_db` is null where they are equal to the last bit, and no less than -200.
+    """
 
     agreement: Share
     sqnr_db: float | None
@@ -93,6 +96,9 @@ class Parity(Record):
     executed_vs_torch: Fidelity | None = None
     """Against torch running the same plan (the float network for FP32)."""
     skipped: str | None = None
+    """Why it was not compared."""
+    failed: str | None = None
+    """Why comparing it failed."""
 
 
 class GateResult(Record):
@@ -157,6 +163,7 @@ class Network(Record):
     source: dict[str, str]
     classes: tuple[str, ...] | None
     preprocess: Preprocess
+    outputs: int
     parameters: int
     macs: int
     """Multiply-accumulates for one image."""

@@ -6,12 +6,31 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgexception.report.record import Estimate, Fidelity, GateResult, Report, Share, row_name
+from edgexception.report.record import (
+    Estimate,
+    Fidelity,
+    GateResult,
+    Parity,
+    Report,
+    Share,
+    row_name,
+)
 
 
 def to_text(report: Report) -> str:
     """Return the measured rows, the gates and the parity as lines for a terminal."""
-    lines = []
+    network = report.network
+    height, width = network.preprocess.input_size
+    lines = [
+        f"network: {network.parameters:,} parameters, {network.macs / 1e9:.3f} GMAC at "
+        f"{height}x{width}, {network.outputs} outputs"
+    ]
+    if report.calibration is not None:
+        c = report.calibration
+        lines.append(
+            f"quantized: {c.activations} activations, {c.weight_bits}-bit weights, {c.ranges} "
+            f"ranges of {c.images} images"
+        )
     for row in report.rows:
         latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
         facts = [
@@ -23,7 +42,7 @@ def to_text(report: Report) -> str:
     for parity in report.parity:
         name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
         found = f"{_sqnr(parity.executed_vs_torch)} executed against torch"
-        lines.append(f"{name:<36}{f'skipped: {parity.skipped}' if parity.skipped else found}")
+        lines.append(f"{name:<36}{_not_compared(parity) or found}")
     return "\n".join([*lines, *gate_lines(report.gates)])
 
 
@@ -48,9 +67,21 @@ def to_markdown(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        share=_share, sqnr=_sqnr, estimate=_estimate, cell=_cell, mib=_mib, row_name=row_name
+        share=_share,
+        sqnr=_sqnr,
+        estimate=_estimate,
+        cell=_cell,
+        mib=_mib,
+        row_name=row_name,
+        not_compared=_not_compared,
     )
     return environment.get_template("report.md.j2").render(report=report)
+
+
+def _not_compared(parity: Parity) -> str:
+    if parity.failed:
+        return f"failed: {parity.failed}"
+    return f"skipped: {parity.skipped}" if parity.skipped else ""
 
 
 def _share(share: Share | None) -> str:
@@ -75,7 +106,8 @@ def _estimate(estimate: Estimate | None) -> str:
 def _cell(text: object) -> str:
     """Keep a text from a file inside its table cell, and from being read as HTML or Markdown."""
     plain = " ".join(str(text).split())
-    for character in "\\`*_[]<>|#":
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in plain)
+    for character in "\\`*_[]<>|#&~":
         plain = plain.replace(character, f"\\{character}")
     return plain
 

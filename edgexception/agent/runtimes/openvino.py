@@ -71,7 +71,13 @@ def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter
     request = compiled.create_infer_request()
     logits = compiled.outputs[0]
 
-    def call(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    # OpenVINO reads weights from the blob as long as the model runs, and does not hold on to it:
+    # without these references the map is gone when this function returns (seen: SIGSEGV).
+    weights = (blob, tensor)
+
+    def call(
+        images: NDArray[np.uint8], _held: tuple[object, object] = weights
+    ) -> NDArray[np.float32]:
         # The images are read where they are; the logits are copied out, into host memory.
         return cast(NDArray[np.float32], request.infer([images], share_inputs=True)[logits])
 

@@ -1,0 +1,79 @@
+"""Where stages run: each is done once per content of its inputs, and its result is an artifact."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgexception.artifacts import Artifact, Store, stage_key
+from edgexception.device import Device, ProbeRecord, Progress
+from edgexception.errors import NotPossibleHere
+from edgexception.report.record import StageLine
+
+
+@dataclass
+class Workshop:
+    """Where stages run: the store, the device with what it said of itself, and who listens."""
+
+    store: Store
+    device: Device
+    machine: ProbeRecord
+    tell: Callable[[StageLine], None] = lambda _: None
+    progress: Callable[[Progress], None] = lambda _: None
+    done: list[StageLine] = field(default_factory=list)
+
+    def once(
+        self,
+        stage: str,
+        what: str,
+        inputs: Mapping[str, Any],
+        write: Callable[[Path], None],
+    ) -> Artifact:
+        """Return the stage's artifact for these inputs, and make it first if it is not there."""
+        key = stage_key(stage, inputs)
+        start = time.monotonic()
+        artifact = self.store.get(stage, key)
+        reused = artifact is not None
+        if artifact is None:
+            self.progress(Progress(f"{stage} {what}", 0, 1, None))
+            artifact = self.store.publish(stage, key, inputs, write)
+        seconds = round(time.monotonic() - start, 3)
+        line = StageLine(stage=stage, what=what, key=key, reused=reused, seconds=seconds)
+        self.done.append(line)
+        self.tell(line)
+        return artifact
+
+    def identity(self, runtime: str) -> dict[str, Any]:
+        """Return what a measurement or an engine of `runtime` on this device depends on."""
+        return {
+            "device": self.device.name,
+            "arch": self.machine.arch,
+            "cpu": self.machine.cpu.model,
+            "flags": list(self.machine.cpu.flags),
+            "runtime": runtime,
+            "version": self.machine.runtimes[runtime].version,
+        }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of packages, for a stage's key; NotPossibleHere without one."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError as error:  # noqa: PERF203 - two or three packages
+            raise NotPossibleHere(
+                f"{name} is not installed, and this stage needs it: "
+                "pip install 'edgexception[workstation]'"
+            ) from error
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain data as readable JSON."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
