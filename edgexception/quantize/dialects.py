@@ -41,14 +41,16 @@ class Dialect:
     """Layers write integers, which everyone reads; otherwise they write float and only layers
     read rounded tensors."""
     integer_bias: bool
+    unsigned: bool
+    """Activations are uint8: an int8 grid is written as the uint8 grid of the same values."""
 
 
 DIALECTS = {
     row.name: row
     for row in (
-        Dialect("onnxruntime", 17, quantized_outputs=True, integer_bias=True),
-        Dialect("openvino", 17, quantized_outputs=False, integer_bias=False),
-        Dialect("tensorrt", 19, quantized_outputs=False, integer_bias=False),
+        Dialect("onnxruntime", 17, quantized_outputs=True, integer_bias=True, unsigned=True),
+        Dialect("openvino", 17, quantized_outputs=False, integer_bias=False, unsigned=True),
+        Dialect("tensorrt", 19, quantized_outputs=False, integer_bias=False, unsigned=False),
     )
 }
 
@@ -86,14 +88,18 @@ def written_grids(
 
 
 def _written(name: str, grid: ActivationQuant, dialect: Dialect, is_relu: bool) -> ActivationQuant:
-    if dialect.name == "onnxruntime" and grid.signed:
-        # After a ReLU the lower half of an int8 grid is empty: the uint8 grid with the same step
-        # has its levels 0...127, and clips later.
-        zero = 0 if is_relu and grid.zero_point == 0 else grid.zero_point + 128
-        return grid.model_copy(update={"signed": False, "zero_point": zero})
-    if dialect.name == "openvino" and name == INPUT and not grid.signed:
-        return grid.model_copy(update={"signed": True, "zero_point": grid.zero_point - 128})
-    return grid
+    signed = grid.signed
+    if name == INPUT and dialect.name == "openvino":
+        signed = True
+    elif dialect.unsigned:
+        signed = False
+    if signed == grid.signed:
+        return grid
+    if is_relu and not signed and grid.zero_point == 0:
+        zero = 0  # the lower half of this int8 grid is empty: keep levels 0...127, clip later
+    else:
+        zero = grid.zero_point + (-128 if signed else 128)
+    return grid.model_copy(update={"signed": signed, "zero_point": zero})
 
 
 def rounded_reads(

@@ -103,28 +103,32 @@ class _Rounding:
 
     factor: float = 1.0
     divisor: float = 1.0
-    shift: _Float32 | float = 0.0
+    shift: float | torch.Tensor = 0.0
     offset: int = 0
 
 
 def _rounding(grid: ActivationQuant, dialect: Dialect) -> _Rounding:
     """Return how a dialect rounds a float tensor to `grid`."""
-    if dialect.name == "openvino":
-        factor, shift = _fake_quantize(grid, np.ones(1, dtype=np.float32))
-        return _Rounding(factor=float(factor[0]), shift=shift)
-    return _Rounding(divisor=float(np.float32(grid.scale)), offset=grid.zero_point)
-
-
-def _fake_quantize(grid: ActivationQuant, unit: _Float32) -> tuple[_Float32, _Float32 | float]:
-    """Return OpenVINO's (factor per channel, shift) for a tensor in steps of `unit` per channel."""
-    scale = np.float32(grid.scale)
-    low, high = (np.float32(level - grid.zero_point) * scale / unit for level in grid.levels)
-    span = high - low
-    shift = -low * np.float32(255) / span + np.float32(grid.levels[0])
+    if dialect.name != "openvino":
+        return _Rounding(divisor=float(np.float32(grid.scale)), offset=grid.zero_point)
+    low, span = _interval(grid, np.float32(1))
     factor = np.float32(255) / span
-    if np.abs(shift - shift[0]).max() >= _DRIFT:
-        return factor, shift
-    return factor, 0.0 if abs(shift[0]) < _NO_SHIFT else float(shift[0])
+    return _Rounding(factor=float(factor), shift=float(-low * factor), offset=grid.levels[0])
+
+
+def _interval(grid: ActivationQuant, unit: _Float32 | np.float32) -> tuple[_Float32, _Float32]:
+    """Return low and high - low of OpenVINO's FakeQuantize, in `unit` (one, or one per channel)."""
+    low, high = (
+        np.float32(level - grid.zero_point) * np.float32(grid.scale) / unit for level in grid.levels
+    )
+    return low, high - low
+
+
+def _openvino_shift(grid: ActivationQuant, low: _Float32, span: _Float32) -> float | torch.Tensor:
+    shifts = np.atleast_1d(-low * np.float32(255) / span + np.float32(grid.levels[0]))
+    if np.abs(shifts - shifts[0]).max() >= _DRIFT:
+        return torch.from_numpy(shifts)
+    return float(shifts[0]) if abs(shifts[0]) >= _NO_SHIFT else 0.0
 
 
 class _Quantize(nn.Module):
@@ -139,8 +143,8 @@ class _Quantize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         by, (low, high) = self.rounding, self.grid.levels
         shift = by.shift
-        if isinstance(shift, np.ndarray):
-            shift = _per_channel(torch.from_numpy(shift), x.ndim)
+        if isinstance(shift, torch.Tensor):
+            shift = _per_channel(shift, x.ndim)
         q = torch.round(x * by.factor / by.divisor + shift) + by.offset
         return (q.clamp(low, high) - self.grid.zero_point) * self.scale
 
@@ -180,10 +184,17 @@ class _IntegerLayer(nn.Module):
         if dialect.name == "onnxruntime":
             self.factor = self.steps / np.float32(grid.scale)
             return _Rounding(offset=grid.zero_point)
-        if dialect.name == "openvino" and self.bias is None:
-            self.factor, shift = _fake_quantize(grid, self.steps)
-            return _Rounding(shift=shift)
-        return plain
+        if dialect.name != "openvino":
+            return plain
+        if self.bias is None:
+            low, span = _interval(grid, self.steps)
+            self.factor = np.float32(255) / span
+            return _Rounding(shift=_openvino_shift(grid, low, span))
+        low, span = _interval(grid, np.float32(1))
+        factor, shift = np.float32(255) / span, _openvino_shift(grid, low, span)
+        if isinstance(shift, float) and shift == 0.0:
+            factor = np.float32(1) / (np.float32(1) / factor)
+        return _Rounding(factor=float(factor), shift=shift)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = torch.round(x / self.scale).to(self.weight.dtype)
