@@ -213,8 +213,8 @@ def _convolution(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list
     strides = list(layer.stride)
     openvino = writer.dialect is not None and writer.dialect.name == "openvino"
     if openvino and layer.kernel_size == (1, 1) and strides != [1, 1]:
-        # OpenVINO moves the stride of a 1x1 convolution in front of its input's Q/DQ and then
-        # computes it in float; with the pixels picked behind them it stays INT8, with equal results.
+        # OpenVINO moves the stride of a 1x1 convolution into its input's Q/DQ and then computes the
+        # convolution in float; with the pixels picked behind them it stays INT8, results equal.
         picked = f"{node.name}_picked"
         writer.node("MaxPool", inputs[:1], picked, kernel_shape=[1, 1], strides=strides)
         inputs, strides = [picked, *inputs[1:]], [1, 1]

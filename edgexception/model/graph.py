@@ -1,7 +1,7 @@
 """The inference graph: a trained network as a flat list of named steps, BatchNorm folded.
 
-Everything from quantization to export works on this one form. Its nodes are the layers of `Xception`
-by name (`block5_sepconv1_depthwise`), so a node's name also names the tensor that it produces.
+Everything from quantization to export works on this one form. Its nodes are the layers of
+`Xception` by name (`block5_sepconv1_depthwise`); a node's name also names the tensor it produces.
 """
 
 from __future__ import annotations

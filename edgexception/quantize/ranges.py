@@ -1,4 +1,4 @@
-"""Ranges of activation tensors from calibration images: minmax, percentile and least squared error."""
+"""Ranges of activation tensors on calibration images: minmax, percentile, least squared error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = 4096
 
 
 class Histogram:
-    """Distribution of one tensor's values; its bins grow by doubling, so no second pass is needed."""
+    """Distribution of one tensor's values; bins grow by doubling, so one pass is enough."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(2 * BINS, dtype=np.int64)  # symmetric around zero
@@ -59,7 +59,7 @@ class Histogram:
         return max(min(low, 0.0), self.low), min(max(high, 0.0), max(self.high, 0.0))
 
     def _least_squared_error(self, symmetric: bool) -> tuple[float, float]:
-        """Try shrunken ranges and keep the one with the least mean squared rounding and clipping error."""
+        """Return the shrunken range with the least squared rounding and clipping error."""
         used = self.counts > 0
         values, counts = self._centers[used], self.counts[used]
         full = min(self.low, 0.0), max(self.high, 0.0)
@@ -107,8 +107,8 @@ def observe(
             if n.name in histograms:
                 if not torch.isfinite(value).all():
                     raise BadArtifact(
-                        f"tensor {n.name} is not finite on the calibration images: the checkpoint's "
-                        "weights overflow there; check the preprocessing and the checkpoint"
+                        f"tensor {n.name} is not finite on the calibration images: the weights "
+                        "overflow there; check the preprocessing and the checkpoint"
                     )
                 histograms[n.name].add(value)
             return value

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn.functional import conv2d, linear
 
 from edgexception.errors import EdgexError
 from edgexception.model.graph import layers
@@ -55,11 +55,12 @@ def quantize_weight(weight: torch.Tensor, grid: WeightQuant) -> torch.Tensor:
 
 def accumulator_scales(source: ActivationQuant, grid: WeightQuant) -> _Float32:
     """Return the value of one step of a layer's integer sum, float32 (out,)."""
-    return np.float32(source.scale) * np.array(grid.scales, dtype=np.float32)
+    scales: _Float32 = np.float32(source.scale) * np.array(grid.scales, dtype=np.float32)
+    return scales
 
 
 def quantize_bias(name: str, bias: torch.Tensor, steps: _Float32) -> npt.NDArray[np.int32]:
-    """Return a layer's bias in steps of its integer sum. Raises EdgexError if 32 bits are too few."""
+    """Return a bias in steps of its layer's integer sum; EdgexError if it does not fit 32 bits."""
     integers = np.rint(bias.detach().double().numpy() / steps)
     if np.abs(integers).max(initial=0.0) >= 2**31:
         raise EdgexError(f"layer {name}: its bias does not fit 32 bits at the plan's scales")
@@ -69,8 +70,8 @@ def quantize_bias(name: str, bias: torch.Tensor, steps: _Float32) -> npt.NDArray
 def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.GraphModule:
     """Return `graph` computing `plan` as the runtime of `dialect` does.
 
-    Takes and returns what `graph` does. Tensors between the layers hold float32 values on their grids.
-    Raises UsageError when the dialect cannot say the plan.
+    Takes and returns what `graph` does; tensors between the layers hold float32 values on their
+    grids. Raises UsageError when the dialect cannot say the plan.
     """
     result = copy.deepcopy(graph)
     grids = written_grids(result, plan, dialect)
@@ -180,7 +181,7 @@ class _IntegerLayer(nn.Module):
             self.bias = layer.bias.detach()
 
     def fold(self, grid: ActivationQuant, plain: _Rounding, dialect: Dialect) -> _Rounding:
-        """Let the layer itself compute steps of its output `grid`; return the rounding that is left."""
+        """Compute steps of the output `grid` in the layer; return the rounding left to do."""
         if dialect.name == "onnxruntime":
             self.factor = self.steps / np.float32(grid.scale)
             return _Rounding(offset=grid.zero_point)
@@ -200,9 +201,9 @@ class _IntegerLayer(nn.Module):
         q = torch.round(x / self.scale).to(self.weight.dtype)
         layer = self.layer
         if isinstance(layer, nn.Linear):
-            acc = F.linear(q, self.weight)
+            acc = linear(q, self.weight)
         else:
-            acc = F.conv2d(
+            acc = conv2d(
                 q,
                 self.weight,
                 None,
