@@ -7,7 +7,7 @@ processes that speak the protocol wrongly, because no honest agent can be made t
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.device import LocalDevice, Progress
+from edgexception.errors import EdgexError
 
 _PRELUDE = """
 import json, os, pathlib, signal, sys, time
@@ -87,3 +88,34 @@ def import_timm() -> Any:
     import timm  # noqa: PLC0415
 
     return timm
+
+
+class TroubledDevice(LocalDevice):
+    """This machine's real agent, except where a test needs trouble that it does not have.
+
+    It stands for another machine (`facts` replaces what `probe` answers) and for engines that fail
+    there: a call for which `trouble` returns an error raises it, everything else is really done.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[str, Any] | None = None,
+        trouble: Callable[[str, Mapping[str, Any]], EdgexError | None] = lambda *_: None,
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "facts", facts or {})
+        object.__setattr__(self, "trouble", trouble)
+
+    def call(
+        self,
+        verb: str,
+        request: Mapping[str, Any],
+        files: Mapping[str, Path],
+        out: Path,
+        progress: Any = None,
+    ) -> dict[str, Any]:
+        error = self.trouble(verb, request)  # type: ignore[attr-defined]
+        if error is not None:
+            raise error
+        record = super().call(verb, request, files, out, progress)
+        return {**record, **self.facts} if verb == "probe" else record  # type: ignore[attr-defined]
