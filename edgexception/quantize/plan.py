@@ -53,7 +53,13 @@ class WeightQuant(_Data):
 
     @property
     def limit(self) -> int:
-        """Largest |q|: 127, or 64 at 7 bits, where two products of uint8 x int8 fit 16 bits."""
+        """Largest |q|: 127, or 64 at 7 bits, where two products of uint8 x int8 fit 16 bits.
+
+        Without VNNI ONNX Runtime adds such pairs in 16 saturating bits. Full-size network at
+        150x150 in an emulated Haswell (qemu): with 8 bits its logits have 9.1 dB SQNR against the
+        same plan on VNNI; with 7 bits they are equal bit for bit. On VNNI 7 bits only cost (18.9
+        dB against the float network where 8 bits have 23.0).
+        """
         return 127 if self.bits == 8 else 64
 
 

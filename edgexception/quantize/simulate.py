@@ -9,7 +9,9 @@ network). So a simulation is compared with a runtime only if it rounds where the
 With acc the integer sum, d = scale_input * scale_weight (float32), s and z of the output's grid:
 
 - onnxruntime (QLinearConv, QGemm): q = round((acc + bias) * (d / s)) + z, bias in int32 of scale d.
-  Integer for integer what ONNX Runtime 1.32 computes with VNNI.
+  A sum of two quantized tensors that is itself only read quantized is QLinearAdd: with a, b the
+  integers and r their scales over s, q = round(r_a * a + (r_b * b + (z - r_a * z_a - r_b * z_b)))
+  in fused multiply-adds. Integer for integer what ONNX Runtime 1.32 computes with VNNI.
 - openvino (oneDNN kernels behind OpenVINO's low precision transformations; found by tapping the
   integers of every edge in 2026.4 and reading FakeQuantize::updateOptimizedFormula in its CPU
   plugin): y = acc * d + bias, then the FakeQuantize of OpenVINO with low = (q_min - z) * s and high
@@ -35,7 +37,8 @@ from torch import fx, nn
 from torch.nn.functional import conv2d, linear
 
 from edgexception.errors import EdgexError
-from edgexception.model.graph import layers
+from edgexception.model.graph import layers, module_of
+from edgexception.model.xception import Add, MaxPoolSame
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.edges import layer_outputs
 from edgexception.quantize.plan import ActivationQuant, QuantPlan, WeightQuant
@@ -87,6 +90,13 @@ def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.Gra
             # The integers of the sum go straight to those of the output.
             rounding[tensor] = integer.fold(grids[tensor], rounding[tensor], dialect)
         result.add_module(name, integer)
+    if dialect.name == "onnxruntime":
+        for node in nodes.values():
+            if node.name in grids and len(reads[node.name]) == len(node.users):
+                sources = _integer_sources(result, node, grids, reads)
+                if sources is not None:
+                    result.add_module(node.name, _IntegerAdd(*sources, grids[node.name]))
+                    rounding[node.name] = _Rounding()
     for name, grid in grids.items():
         result.add_module(f"{name}_quantize", _Quantize(grid, rounding[name]))
         with result.graph.inserting_after(nodes[name]):
@@ -216,6 +226,46 @@ class _IntegerLayer(nn.Module):
             acc = acc.double() + _per_channel(self.integer_bias, x.ndim)
         y = acc.float() * _per_channel(torch.from_numpy(self.factor), x.ndim)
         return y if self.bias is None else y + _per_channel(self.bias, x.ndim)
+
+
+def _integer_sources(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    grids: dict[str, ActivationQuant],
+    reads: dict[str, set[str]],
+) -> tuple[ActivationQuant, ActivationQuant] | None:
+    """Return the grids of both operands of an add, or None if it is none or one is in float."""
+    if node.op != "call_module" or not isinstance(module_of(graph, node), Add):
+        return None
+    sources = []
+    for operand in cast(tuple[fx.Node, fx.Node], node.args):
+        tensor, reader = operand, node
+        while tensor.op == "call_module" and isinstance(module_of(graph, tensor), MaxPoolSame):
+            tensor, reader = cast(fx.Node, tensor.args[0]), tensor  # a maximum of integers is one
+        if reader.name not in reads.get(tensor.name, ()):
+            return None
+        sources.append(grids[tensor.name])
+    return sources[0], sources[1]
+
+
+class _IntegerAdd(nn.Module):
+    """ONNX Runtime's QLinearAdd, before it rounds."""
+
+    def __init__(self, a: ActivationQuant, b: ActivationQuant, out: ActivationQuant) -> None:
+        super().__init__()
+        self.grids = (a, b)
+        self.ratios = [float(np.float32(g.scale) / np.float32(out.scale)) for g in (a, b)]
+        # A fused multiply-add rounds once; the product of two float32 is exact in float64.
+        zero = a.zero_point * self.ratios[0] + float(np.float32(b.zero_point * self.ratios[1]))
+        self.constant = float(np.float32(out.zero_point) - np.float32(zero))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        qa, qb = (
+            torch.round(x / float(np.float32(g.scale))) + g.zero_point
+            for x, g in zip((a, b), self.grids, strict=True)
+        )
+        inner = (qb.double() * self.ratios[1] + self.constant).float()
+        return (qa.double() * self.ratios[0] + inner).float()
 
 
 def _per_channel(values: torch.Tensor, ndim: int) -> torch.Tensor:
