@@ -46,9 +46,8 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for (
-        command
-    ) in "run import quantize export build-engine bench check targets doctor schema".split():
+    commands = ("run", "import", "quantize", "export", "build-engine", "bench", "check", "targets")
+    for command in (*commands, "doctor", "schema"):
         assert f"\n  {command} " in done.stdout
     loaded = set(done.stderr.split())
     heavy = {"numpy", "torch", "pydantic", "yaml", "jinja2", "PIL", "rich", "onnx", "onnxruntime"}
@@ -328,7 +327,7 @@ def test_a_recipe_takes_no_flag_but_its_target(tmp_path: Path) -> None:
 def test_a_recipe_must_get_as_far_as_the_command(
     tmp_path: Path, command: str, section: str
 ) -> None:
-    bare = {name: None for name in ("calibration", "quantize", "targets", "bench", "gates")}
+    bare = dict.fromkeys(("calibration", "quantize", "targets", "bench", "gates"))
     path = write_recipe(tmp_path / "r.yaml", digits_sections(**bare))
     done = edgex(command, path, "-o", tmp_path / "out")
     assert done.code == 2
