@@ -51,6 +51,13 @@ from edgexception.recipe_file import load_recipe
          "calibration.source", "would flatter"),
         ("  classes:", "  preprocess: {input_size: [71, 71], crop_fraction: 0.9}\n  classes:", 5,
          "model.preprocess.crop_fraction", "has no effect"),
+        ("bench:", "export: {batch: 4}\nbench:", 15, "export.batch", "`bench.batch_sizes: [4]`"),
+        ("bench:", "export: {dialects: [tensorrt]}\nbench:", 15,
+         "export.dialects[0]", "`quantize.activations: symmetric`"),
+        ("bench:", "export: {dialects: [openvino, openvino]}\nbench:", 15,
+         "export.dialects[1]", "listed twice"),
+        ("quantize: {method: ptq, ranges: percentile, percentile: 99.9}\n",
+         "export: {dialects: [openvino]}\n", 11, "export.dialects", "nothing is quantized"),
     ],
 )  # fmt: skip
 def test_sections_must_fit_together(
