@@ -52,7 +52,7 @@ _ROOT = "network"
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What NNCF found: ranges of the input edges, 8-bit weight scales by layer, corrected biases."""
+    """What NNCF found: input edges' ranges, layers' 8-bit weight scales and corrected biases."""
 
     ranges: dict[str, tuple[float, float]]
     weight_scales: dict[str, tuple[float, ...]]

@@ -41,6 +41,12 @@ def quantize_ptq(
     `weight_bits` is 8, or 7 for processors whose uint8 x int8 products saturate at 16 bits. Raises
     BadArtifact naming the layer or tensor that is not finite.
     """
+    for name, layer in layers(graph).items():
+        if not all(torch.isfinite(p).all() for p in layer.parameters()):
+            raise BadArtifact(
+                f"layer {name}: its weights are not finite once BatchNorm is folded; "
+                "the checkpoint is damaged or its training diverged"
+            )
     symmetric = spec.activations == "symmetric"
     histograms = observe(graph, output_edges(graph), _inputs(images))
     found = calibrate(

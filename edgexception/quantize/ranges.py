@@ -11,6 +11,10 @@ from torch import fx
 from edgexception.errors import BadArtifact
 
 BINS = 4096
+_SHARES = tuple(float(share) for share in np.linspace(1.0, 0.3, 71))
+"""Tried ranges over the full one; of equal ones the first, which is the widest, wins."""
+_NOTHING = 1e-30
+"""Ranges below would have scales that float32 cannot divide by."""
 
 
 class Histogram:
@@ -56,22 +60,27 @@ class Histogram:
         share = percentile / 100.0
         low = self._centers[int(np.searchsorted(cumulative, 1.0 - share))]
         high = self._centers[min(int(np.searchsorted(cumulative, share)), 2 * BINS - 1)]
-        return max(min(low, 0.0), self.low), min(max(high, 0.0), max(self.high, 0.0))
+        return max(min(low, 0.0), min(self.low, 0.0)), min(max(high, 0.0), max(self.high, 0.0))
 
     def _least_squared_error(self, symmetric: bool) -> tuple[float, float]:
-        """Return the shrunken range with the least squared rounding and clipping error."""
+        """Return the shrunken range with the least squared rounding and clipping error.
+
+        A symmetric grid has one end to move; of an asymmetric one first the upper end is moved,
+        then the lower one.
+        """
         used = self.counts > 0
         values, counts = self._centers[used], self.counts[used]
-        full = min(self.low, 0.0), max(self.high, 0.0)
-        best, least = full, np.inf
-        for share in np.linspace(0.3, 1.0, 71):
-            low, high = full[0] * share, full[1] * share
-            scale, zero_point, limits = _grid(low, high, symmetric)
+
+        def error(ends: tuple[float, float]) -> float:
+            scale, zero_point, limits = _grid(*ends, symmetric)
             q = np.clip(np.round(values / scale) + zero_point, *limits)
-            error = float(((values - (q - zero_point) * scale) ** 2 * counts).sum())
-            if error < least:
-                best, least = (low, high), error
-        return best
+            return float(((values - (q - zero_point) * scale) ** 2 * counts).sum())
+
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        if symmetric:
+            return min(((low * share, high * share) for share in _SHARES), key=error)
+        low, high = min(((low, high * share) for share in _SHARES), key=error)
+        return min(((low * share, high) for share in _SHARES), key=error)
 
 
 def _grid(low: float, high: float, symmetric: bool) -> tuple[float, int, tuple[int, int]]:
@@ -84,9 +93,9 @@ def _grid(low: float, high: float, symmetric: bool) -> tuple[float, int, tuple[i
 def grid_of_range(low: float, high: float, symmetric: bool) -> tuple[float, int]:
     """Return (scale, zero_point) of the 8-bit grid over a range that contains zero.
 
-    A tensor that was zero on every image gets the scale 1: any grid is exact for it.
+    A tensor that was as good as zero on every image gets the scale 1: any grid serves it.
     """
-    if low == high == 0.0:
+    if max(-low, high) < _NOTHING:
         return 1.0, 0
     scale, zero_point, _ = _grid(low, high, symmetric)
     return float(np.float32(scale)), zero_point

@@ -44,8 +44,6 @@ def test_an_elu_is_no_part_of_a_layer() -> None:
 
 def test_a_sum_is_an_edge_only_where_a_layer_reads_it() -> None:
     graph = small_graph(SMALL)
-    assert input_edges(graph)["block2_add"] == [
-        "block3_shortcut"
-    ]  # the ReLU has an edge of its own
+    assert input_edges(graph)["block2_add"] == ["block3_shortcut"]  # the ReLU is an edge itself
     assert "block3_add" not in input_edges(graph)
     assert "block3_add" not in output_edges(graph)
