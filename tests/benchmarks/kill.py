@@ -40,8 +40,8 @@ def main(kills: int, seed: int) -> int:
             good = again.code == 0 and same and not left and not leftovers(out)
             bad += not good
             print(
-                f"{number:3}: killed after {moment:5.1f} s (code {first.code}, {len(done):2} stages "
-                f"done); again: code {again.code}, {again.seconds:.1f} s, artifacts "
+                f"{number:3}: killed after {moment:5.1f} s (code {first.code}, {len(done):2} "
+                f"stages done); again: code {again.code}, {again.seconds:.1f} s, artifacts "
                 f"{'identical' if same else 'DIFFERENT'}, orphans {left}, left {leftovers(out)}",
                 flush=True,
             )
