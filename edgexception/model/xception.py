@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgexception.architecture import Architecture, SeparableSpec
 
@@ -37,7 +37,7 @@ class MaxPoolSame(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pads = self.pads(x.shape[2], x.shape[3])
         # With ceil_mode the window at an even size may run over the end by one: the (0, 1) pad.
-        return F.max_pool2d(x, 3, 2, padding=pads, ceil_mode=self.padding == "keras")
+        return functional.max_pool2d(x, 3, 2, padding=pads, ceil_mode=self.padding == "keras")
 
 
 class GlobalAveragePool(nn.Module):
@@ -85,7 +85,7 @@ class Xception(nn.Module):
     (N, channels) for an architecture without head. No softmax: it changes no decision.
 
     Layers are direct children with Keras's names (`block5_sepconv1`, `block5_sepconv1_bn`, ...).
-    What Keras leaves unnamed gets a name of the same pattern: `block2_shortcut`, `block2_add`, `dense1`.
+    What Keras leaves unnamed gets such a name: `block2_shortcut`, `block2_add`, `dense1`.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -147,7 +147,9 @@ class Xception(nn.Module):
             x = self._modules[name](x)  # type: ignore[misc]
         return x
 
-    def _block(self, x: torch.Tensor, block: str, widths: tuple[int, ...], strided: bool) -> torch.Tensor:
+    def _block(
+        self, x: torch.Tensor, block: str, widths: tuple[int, ...], strided: bool
+    ) -> torch.Tensor:
         entered = x
         for position in range(1, len(widths) + 1):
             name = f"{block}_sepconv{position}"
