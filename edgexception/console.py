@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -41,9 +42,11 @@ class Console:
             return
         self._last = now
         left = "" if progress.left_s is None else f", {progress.left_s:.0f} s left"
-        text = f"{'':<10}{progress.what}: {progress.done}/{progress.total}{left}"
+        count = f": {progress.done}/{progress.total}" if progress.total > 1 else " ..."
+        text = f"{'':<10}{progress.what}{count}{left}"
         if self.terminal:
-            sys.stderr.write(f"\r\x1b[K{text[:100]}")
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[K{text[:width]}")
             sys.stderr.flush()
         else:
             self.say(text)

@@ -48,10 +48,8 @@ def evaluate(
     """Return the logits that the device computes on a `reference` artifact's images."""
 
     def write(folder: Path) -> None:
-        logits = run_images(
-            engine, images.file("images.npy"), shop.device, folder / "run", shop.progress
-        )
-        np.save(folder / "logits.npy", logits)
+        pixels = images.file("images.npy")
+        run_images(engine, pixels, shop.device, folder / "run", shop.progress)
 
     inputs = {
         "engine": built.digest,
@@ -60,7 +58,7 @@ def evaluate(
         "machine": shop.identity(engine.runtime),
     }
     artifact = shop.once("evaluate", engine.key, inputs, write)
-    found: NDArray[np.float32] = np.load(artifact.file("logits.npy"), allow_pickle=False)
+    found: NDArray[np.float32] = np.load(artifact.file("run/logits.npy"), allow_pickle=False)
     return found
 
 
@@ -70,12 +68,8 @@ def bench(
     """Measure all engines in turns; return every raw time in ns, by engine and round."""
 
     def write(folder: Path) -> None:
-        times = measure_latency(
-            [engine for engine, _ in engines], spec, shop.device, folder / "rounds", shop.progress
-        )
-        for number, (engine, _) in enumerate(engines):
-            for turn, values in enumerate(times[engine.key]):
-                np.save(folder / f"times-{number}-{turn}.npy", values)
+        measured = [engine for engine, _ in engines]
+        measure_latency(measured, spec, shop.device, folder / "rounds", shop.progress)
 
     inputs = {
         "engines": [
@@ -87,8 +81,8 @@ def bench(
     artifact = shop.once("bench", f"{len(engines)} engines", inputs, write)
     return {
         engine.key: [
-            np.load(artifact.file(f"times-{number}-{turn}.npy"), allow_pickle=False)
-            for turn in range(spec.rounds)
+            np.load(artifact.file(f"rounds/{turn}/times_ns.npy"), allow_pickle=False)
+            for turn in (f"round-{r}-engine-{number}" for r in range(1, spec.rounds + 1))
         ]
-        for number, (engine, _) in enumerate(engines)
+        for number, (engine, _) in enumerate(engines, start=1)
     }

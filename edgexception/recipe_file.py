@@ -95,7 +95,14 @@ def _map_paths(value: Value, change: Callable[[Path], Path]) -> Value:
 def _plain(spec: BaseModel) -> dict[str, object]:
     """Return a spec as plain data without what is absent."""
     data = json.loads(spec.model_dump_json(exclude_none=True))
-    return {name: value for name, value in data.items() if value not in ([], {})}
+    return {name: value for name, value in data.items() if not _is_empty(value)}
+
+
+def _is_empty(section: object) -> bool:
+    """Tell whether nothing is in a list, or in any field of a section: then it is the default."""
+    if isinstance(section, dict):
+        return all(value == [] for value in section.values())
+    return section == []
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +233,25 @@ def test_a_model_that_breaks_the_contract_is_not_built(
     with pytest.raises(BadArtifact):
         build(tmp_path / "m.onnx", runtime, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+def test_openvino_keeps_the_weights_it_reads_from_the_file(
+    other: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a reference the map is gone after `open`, and the first call is a SIGSEGV."""
+    from edgexception.agent import runtimes  # noqa: PLC0415
+
+    maps = []
+
+    def mapped(*arguments: Any) -> Any:
+        blob = memmap(*arguments)
+        maps.append(weakref.ref(blob))
+        return blob
+
+    memmap = np.memmap
+    module = runtimes.load("openvino")
+    monkeypatch.setattr(np, "memmap", mapped)
+    session = module.open(other["openvino"], runtimes.Options(batch=4, threads=1))
+    gc.collect()
+    assert [blob() is not None for blob in maps] == [True]
+    np.testing.assert_allclose(session.call(tiny_images(4)), tiny_logits(tiny_images(4)), atol=2e-4)
