@@ -93,6 +93,21 @@ def test_logits_are_those_of_numpy_for_any_number_of_images(
     np.testing.assert_allclose(logits, tiny_logits(images), atol=2e-4)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_network_without_a_head_runs(runtime: str, tmp_path: Path) -> None:
+    """Its output is the pooled features through an Identity, which gives one value two names."""
+    model = tiny_model()
+    model.graph.node[-1].output[0] = "avg_pool"
+    model.graph.node.append(onnx.helper.make_node("Identity", ["avg_pool"], ["logits"]))
+    onnx.save(model, tmp_path / "m.onnx")
+    record = build(tmp_path / "m.onnx", runtime, tmp_path / "built")
+    images = tiny_images(4)
+    engine = tmp_path / "built" / record.engine
+    run(runtime, engine, tmp_path / "out", images=saved(tmp_path / "i.npy", images))
+    logits = np.load(tmp_path / "out/logits.npy")
+    np.testing.assert_allclose(logits, tiny_logits(images), atol=2e-4)
+
+
 def test_onnxruntime_opens_its_engine_to_the_bits_of_the_model(
     tiny_onnx: Path, other: dict[str, Path], tmp_path: Path
 ) -> None:
