@@ -31,7 +31,8 @@ class Accuracy:
 class Fidelity:
     """How near logits are to the reference of the float network, on the same images."""
 
-    agreement: Proportion
+    agreement: Proportion | None
+    """Share of images with the same greatest logit; None where there is one logit only."""
     sqnr_db: float
     """Signal to noise of all logits in dB; inf where they are equal."""
     max_abs_difference: float
@@ -46,8 +47,9 @@ def accuracy(logits: Floats, labels: NDArray[np.integer[Any]]) -> Accuracy:
 
 def fidelity(reference: Floats, measured: Floats) -> Fidelity:
     """Compare logits (N, classes) with the float network's."""
+    images, classes = reference.shape
     return Fidelity(
-        wilson(agreement(reference, measured), len(reference)),
+        wilson(agreement(reference, measured), images) if classes > 1 else None,
         sqnr_db(reference, measured),
         float(np.abs(np.subtract(measured, reference, dtype=np.float64)).max()),
     )

@@ -97,8 +97,16 @@ def test_sqnr_of_noise_scaled_to_a_level_is_that_level(
 def test_equal_logits_agree_without_noise(logits: NDArray[np.float32]) -> None:
     found = fidelity(logits, logits.copy())
     assert found.sqnr_db == math.inf
-    assert found.agreement.value == 1.0
     assert found.max_abs_difference == 0.0
+    if logits.shape[1] > 1:
+        assert found.agreement is not None
+        assert found.agreement.value == 1.0
+
+
+def test_one_logit_cannot_disagree() -> None:
+    found = fidelity(np.ones((9, 1)), -np.ones((9, 1)))
+    assert found.agreement is None
+    assert found.max_abs_difference == 2.0
 
 
 def test_sqnr_does_not_overflow_float16() -> None:
