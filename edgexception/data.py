@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from edgexception.calibration import load_calibration_manifest
 from edgexception.errors import BadArtifact, UsageError
@@ -37,6 +37,7 @@ __all__ = [
     "open_calibration",
     "open_evaluation",
     "open_training",
+    "refuse_leak",
 ]
 
 
@@ -120,9 +121,10 @@ def open_calibration(
             f"{listing.what}: every pixel of the {len(samples)} calibration images has one and the "
             "same value, so there are no ranges to find. Name real photos"
         )
+    images = ImageSet(samples, None, preprocess, bad)
     if evaluation is not None:
-        _refuse_leak(samples, evaluation)
-    return ImageSet(samples, None, preprocess, bad)
+        refuse_leak(images, evaluation, "calibration")
+    return images
 
 
 def _label_indices(listing: Listing, classes: Sequence[str]) -> dict[str, int]:
@@ -261,21 +263,26 @@ def _rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
-def _refuse_leak(samples: Sequence[Sample], evaluation: ImageSet) -> None:
-    """Raise BadArtifact if a calibration photo is an evaluation photo, as a file or as an input."""
+def refuse_leak(
+    images: ImageSet, evaluation: ImageSet, purpose: Literal["calibration", "training"]
+) -> None:
+    """Raise BadArtifact if a photo of `images` is in `evaluation`, too, as a file or as an input.
+
+    Inputs are comparable where both sets have the same preprocessing; files always are.
+    """
     held_out: dict[str, Photo] = {}
     for sample in evaluation.samples:
         held_out.setdefault(sample.photo.sha256, sample.photo)
         held_out.setdefault(sample.photo.input_sha256, sample.photo)
     leaks = {}
-    for sample in samples:
+    for sample in images.samples:
         photo = sample.photo
         twin = held_out.get(photo.sha256) or held_out.get(photo.input_sha256)
         if twin is not None:
             leaks[photo.name] = f"{_place(photo)} is {_place(twin)}"
     if leaks:
         raise BadArtifact(
-            f"{len(leaks)} calibration photos are in the evaluation set, too, so its figures would "
+            f"{len(leaks)} {purpose} photos are in the evaluation set, too, so its figures would "
             f"flatter: {'; '.join(list(leaks.values())[:5])}. Take them out of one of the sets"
         )
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgexception.data import open_calibration, open_evaluation, open_training
+from edgexception.data import open_calibration, open_evaluation, open_training, refuse_leak
 from edgexception.errors import BadArtifact, EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, random_crop
 from edgexception.preprocess import Preprocess, to_input
@@ -329,6 +329,19 @@ def test_a_leak_is_found_by_file_and_by_pixels(tmp_path):
         calibrate(calibration, 3, evaluation=evaluate(held_out, crops_per_photo=1)[1])
 
 
+def test_a_training_photo_in_the_evaluation_is_refused(tmp_path):
+    """Two folders, so two sources, and one photo that is in both under another name."""
+    for number, folder in enumerate(("train/cup", "train/fork", "test/cup", "test/fork")):
+        photos(tmp_path / folder, 2, first=2 * number)
+    training = open_training(FolderSource(kind="folder", path=tmp_path / "train"), SPEC)
+    held_out = FolderSource(kind="folder", path=tmp_path / "test")
+    refuse_leak(training, evaluate(held_out)[0], "training")
+
+    shutil.copy(tmp_path / "train" / "cup" / "001.png", tmp_path / "test" / "cup" / "new.png")
+    with pytest.raises(BadArtifact, match=r"1 training photos .*cup/001\.png is .*cup/new\.png"):
+        refuse_leak(training, evaluate(held_out)[0], "training")
+
+
 def test_digits_come_through_the_same_transform():
     spec = Preprocess(input_size=(32, 32), interpolation="nearest")
     sets = {
@@ -343,6 +356,7 @@ def test_digits_come_through_the_same_transform():
         first, np.kron(source, np.ones((4, 4), np.uint8))[..., None] * [1, 1, 1]
     )
     evaluation = evaluate(DigitsSource(kind="digits", split="test"), preprocess=spec)[0]
+    refuse_leak(sets["train"], evaluation, "training")
     source = DigitsSource(kind="digits", split="calibration")
     assert len(calibrate(source, 128, spec, evaluation)) == 128
     with pytest.raises(BadArtifact, match=r"digits/\d{4} is digits/\d{4}"):
