@@ -94,11 +94,16 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """sha256 of all that the pixels and labels follow from: a content key, without decoding."""
-        key = hashlib.sha256(b"edgexception image set 1\n")
+        """sha256 of all that the pixels and labels follow from: a content key, without decoding.
+
+        The inputs as they were decoded are in it, since another version of Pillow or libjpeg makes
+        other pixels of the same file.
+        """
+        key = hashlib.sha256(b"edgexception image set 2\n")
         key.update(f"{self.preprocess.model_dump_json()}\n{json.dumps(self.classes)}\n".encode())
         for sample in self.samples:
-            row = (sample.name, sample.photo.sha256, sample.crop, sample.label)
+            photo = sample.photo
+            row = (sample.name, photo.sha256, photo.input_sha256, sample.crop, sample.label)
             key.update(f"{json.dumps(row)}\n".encode())
         return key.hexdigest()
 

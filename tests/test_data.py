@@ -239,6 +239,13 @@ def test_digest_follows_content_and_not_place(tmp_path):
     assert evaluate(source, preprocess=other, crops_per_photo=2)[1].digest != digests[0]
 
 
+def test_another_decoder_of_the_same_files_is_another_digest(tmp_path, monkeypatch):
+    source = photos(tmp_path, 2)
+    before = evaluate(source)[0].digest
+    monkeypatch.setattr("edgexception.data.to_input", lambda *given: to_input(*given) ^ 1)
+    assert evaluate(source)[0].digest != before
+
+
 # --- calibration --------------------------------------------------------------------------------
 
 
