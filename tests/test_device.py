@@ -66,6 +66,34 @@ def test_the_agent_comes_from_the_package_of_the_host(tmp_path: Path) -> None:
     assert "this copy, too" in done.stdout
 
 
+def test_the_agent_imports_from_the_folders_of_the_host_but_not_from_the_current_one(
+    tmp_path: Path,
+) -> None:
+    """`pip install --user` puts runtimes into a folder that an isolated Python does not know."""
+    user, here = tmp_path / "user", tmp_path / "here"
+    user.mkdir()
+    here.mkdir()
+    (user / "openvino.py").write_text("raise ImportError('found in the user site')")
+    (user / "json.py").write_text("raise SystemExit('shadows the library')")
+    (here / "onnxruntime.py").write_text("raise ImportError('found in the current folder')")
+    host = "import json, sys; from pathlib import Path; sys.path[:0] = sys.argv[1:]; "
+    host += "from edgexception.device import local_device; "
+    host += "print(local_device().call('probe', {}, {}, Path('out')))"
+    root = str(Path(__file__).parents[1])
+    # With -c the current folder is '' on the path; with -m it is there by its full name.
+    for first in ("relative", str(here)):
+        done = subprocess.run(
+            [sys.executable, "-c", host, first, str(user), root, str(user / "gone")],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=here,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "found in the user site" in done.stdout
+        assert "found in the current folder" not in done.stdout
+
+
 def test_request_and_files_arrive_and_the_answer_lies_in_out(tmp_path: Path) -> None:
     (tmp_path / "data.bin").write_bytes(b"abc")
     device = agent_that(

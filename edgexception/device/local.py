@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -32,20 +33,37 @@ LOG_LINES = 200
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")
 
 # The agent is to come from the very package that runs here, so its folder is first while it is
-# found, and last from then on: nothing else that lies beside it can shadow a module.
+# found, and last from then on. Python's own library comes before the host's folders: nothing that
+# lies in them can shadow a module of it.
 _START = """
-import runpy, sys
-root = sys.argv.pop(1)
+import json, runpy, sys
+root, host = sys.argv.pop(1), json.loads(sys.argv.pop(1))
 sys.path.insert(0, root)
 import edgexception
-sys.path.append(sys.path.pop(0))
+sys.path[:] = [*(path for path in sys.path[1:] if path not in host), *host, root]
 runpy.run_module("edgexception.agent", run_name="__main__", alter_sys=True)
 """
 
 
 def _agent_command() -> tuple[str, ...]:
-    # -I: no PYTHON* variables, no user site, no current folder on the module path.
-    return (sys.executable, "-I", "-c", _START, str(Path(__file__).resolve().parents[2]))
+    # -I: no PYTHON* variables, no current folder on the module path. It hides the user site, too,
+    # where `pip install --user` puts runtimes: so the folders that the host imports from are named.
+    root = str(Path(__file__).resolve().parents[2])
+    return (sys.executable, "-I", "-c", _START, root, json.dumps(_host_folders()))
+
+
+def _host_folders() -> list[str]:
+    """Return the folders this process imports from, less the current one and Python's library."""
+    library = sysconfig.get_path("stdlib")
+    own = (library, os.path.join(library, "lib-dynload"))
+    return [
+        path
+        for path in sys.path
+        if os.path.isabs(path)
+        and os.path.isdir(path)
+        and path not in own
+        and not os.path.samefile(path, os.curdir)
+    ]
 
 
 @dataclass(frozen=True)
