@@ -71,7 +71,7 @@ class Document:
         return self.lines.get(path, 1)
 
 
-class _Stop(Exception):  # noqa: N818 (it ends the walk; the fault is already noted)
+class _Stop(Exception):
     """Nothing after this point can be read sensibly."""
 
 

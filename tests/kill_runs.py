@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,7 +23,12 @@ from edgexception.artifacts import sha256_file
 
 
 def short_recipe(folder: Path) -> Path:
-    """Write the digits recipe with a narrow network and a blink of bench; every stage is in it."""
+    """Write the digits recipe with a narrow network and a blink of bench; every stage is in it.
+
+    Beside it goes a copy of the package: many runs must be runs of one and the same sources, also
+    while somebody edits them.
+    """
+    shutil.copytree(ROOT / "edgexception", folder / "edgexception")
     small = {"rounds": 1, "min_iterations": 3}
     return write_recipe(folder / "recipe.yaml", digits_sections(bench=small))
 
@@ -35,17 +41,20 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_for(recipe: Path, out: Path, seconds: float | None, temporary: Path) -> Ended:
+def run_for(
+    recipe: Path, out: Path, seconds: float | None, temporary: Path, sources: Path
+) -> Ended:
     """Run the recipe as a process; SIGKILL it after so many seconds, or let it end.
 
-    TMPDIR is `temporary`: it marks every process that comes of the run, at any depth.
+    `sources` is the folder with the copy of the package. TMPDIR is `temporary`: it marks every
+    process that comes of the run, at any depth.
     """
     start = time.monotonic()
     with (temporary.parent / "stderr.txt").open("w+") as words:
         process = subprocess.Popen(
             edgex_argv("run", recipe, "-o", out, "--json"),
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+            cwd=temporary.parent,
+            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(sources)},
             stdout=subprocess.DEVNULL,
             stderr=words,
         )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from command import ROOT, digits_sections, edgex, edgex_argv, edgex_process, write_recipe
 from fakes import TroubledDevice
+from kill_runs import orphans
 
 from edgexception import __version__
 from edgexception.cli import app
@@ -113,19 +114,6 @@ def write_text(path: Path, text: str) -> Path:
 # --- an interrupt ---------------------------------------------------------------------------------
 
 
-def marked(folder: Path) -> list[str]:
-    """Processes whose TMPDIR is `folder`: what a command started, at any depth."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if f"TMPDIR={folder}\0".encode() in (entry / "environ").read_bytes() + b"\0":
-                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-    return found
-
-
 @pytest.mark.parametrize(
     ("stage", "command"),
     [
@@ -157,7 +145,7 @@ def test_an_interrupt_ends_everything_at_once(
     assert process.returncode == 130, err
     assert out == ""
     assert one_paragraph(err).startswith("edgex: interrupted; run the same command again")
-    assert marked(marker) == []
+    assert orphans(marker, patience=0) == []
     # .ses: a name that NNCF's telemetry client keeps there; what it would send is switched off.
     assert {path.name for path in marker.iterdir()} <= {".ses"}
     assert list((tmp_path / "out/store/.partial").iterdir()) == []

@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(home: Path) -> tuple[dict[str, Any], Ended]:
     """What a run gives that nobody kills, and how it went."""
-    ended = run_for(home / "recipe.yaml", home / "whole", None, home / "tmp")
+    ended = run_for(home / "recipe.yaml", home / "whole", None, home / "tmp", home)
     assert ended.code == 0, ended.err
     assert leftovers(home / "whole") == set()
     return results(home / "whole"), ended
@@ -43,7 +43,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_artifacts(
     while kills < KILLS or not finished:
         # Up to a quarter of a whole run: far enough to finish some stage, too short for them all.
         limit = chance.uniform(0.1, whole.seconds / 4) if kills < KILLS else None
-        ended = run_for(recipe, out, limit, temporary)
+        ended = run_for(recipe, out, limit, temporary, home)
         assert orphans(temporary) == []
         if ended.code == 0:
             assert results(out) == expected
@@ -75,7 +75,7 @@ def test_an_agent_does_not_outlive_the_host_that_is_killed(
     shutil.copytree(home / "whole", tmp_path / "out", symlinks=True)
     seconds = 2.0
     while True:
-        ended = run_for(recipe, tmp_path / "out", seconds, tmp_path / "tmp")
+        ended = run_for(recipe, tmp_path / "out", seconds, tmp_path / "tmp", home)
         assert ended.code == -9, ended.err
         if "evaluate  cpu-x86-openvino-int8-b1: done before" in ended.err:
             break

@@ -27,13 +27,16 @@ def main(kills: int, seed: int) -> int:
         home = Path(name)
         recipe, temporary, out = short_recipe(home), home / "tmp", home / "out"
         temporary.mkdir()
-        whole = run_for(recipe, home / "whole", None, temporary)
+        whole = run_for(recipe, home / "whole", None, temporary, home)
+        if whole.code:
+            print(f"the undisturbed run failed: {whole.err}")
+            return kills
         expected = results(home / "whole")
         print(f"undisturbed: {whole.seconds:.1f} s, {len(expected)} artifacts", flush=True)
         number, length = 0, whole.seconds
         while number < kills:
             moment = chance.uniform(0.0, length)
-            first = run_for(recipe, out, moment, temporary)
+            first = run_for(recipe, out, moment, temporary, home)
             if first.code == 0:
                 length = first.seconds  # the machine is less busy now: it was done before the kill
                 shutil.rmtree(out)
@@ -41,7 +44,7 @@ def main(kills: int, seed: int) -> int:
             number += 1
             left = orphans(temporary)
             done = [line for line in first.err.splitlines() if line.endswith(" s")]
-            again = run_for(recipe, out, None, temporary)
+            again = run_for(recipe, out, None, temporary, home)
             same = results(out) == expected
             good = again.code == 0 and same and not left and not leftovers(out)
             bad += not good
