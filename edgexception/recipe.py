@@ -18,6 +18,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Spec(BaseModel):
@@ -98,7 +99,7 @@ class CheckpointModel(Spec):
 
     kind: Literal["checkpoint"]
     path: Path
-    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=65536)] | None = None
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=65536)] | None = None
     """Class names in the order of the logits, when the file does not carry them."""
     preprocess: Preprocess | None = None
     """How photos become inputs; None takes what the file says or its format's convention."""
@@ -177,7 +178,8 @@ class Gates(Spec):
     sqnr_db_min: Annotated[float, Field(ge=-200.0, le=200.0)] | None = None
     """Least signal-to-quantization-noise ratio of the logits of an INT8 engine."""
     speedup_min: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
-    """Least median FP32 latency / median INT8 latency of a runtime, at the first batch size."""
+    """Least FP32 latency / INT8 latency of a runtime at the first batch size: the geometric mean
+    over the rounds of the ratio of the medians in that round."""
 
 
 class Recipe(Spec):

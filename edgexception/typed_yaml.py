@@ -123,10 +123,12 @@ def _value_fault(kind: str, value: object, context: dict[str, Any]) -> str | Non
         return f"is {given}; write a number {words} {context[key]}"
     if kind == "literal_error":
         return f"is {given}; write {context['expected']}"
-    if kind in ("too_short", "too_long"):
-        words = "at least" if kind == "too_short" else "at most"
+    if kind.endswith(("too_short", "too_long")):
+        words = "at least" if kind.endswith("too_short") else "at most"
         bound = context.get("min_length", context.get("max_length"))
-        return f"has {context['actual_length']} entries; write {words} {bound}"
+        what = "characters" if isinstance(value, str) else "entries"
+        count = context.get("actual_length", len(str(value)))  # not told of a text
+        return f"has {count} {what}; write {words} {bound}"
     if kind == "string_pattern_mismatch":
         return f"is {given}; write text that matches {context['pattern']}"
     wanted = _WANTED.get(kind.partition("_")[0])

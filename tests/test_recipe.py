@@ -84,7 +84,7 @@ gates:
     assert faults(tmp_path, text) == [
         "1: name: is 'Shoes'; write text that matches ^[a-z0-9][a-z0-9-]{0,62}$",
         "2: modle: is not a known field; did you mean model? (known: name, model, calibration, "
-        "evaluation, quantize, targets, bench, gates)",
+        "evaluation, quantize, export, targets, bench, gates)",
         "4: model.kind: is 'chekpoint', which is not known; did you mean checkpoint? "
         "(known: checkpoint, train)",
         "6: calibration.source.path: is missing; add `path:` here",
@@ -128,6 +128,8 @@ gates:
         (edited("name: shoes", "name: |\n  shoes"), 1, "line break"),
         (edited("name: shoes", "name:"), 1, "has no value"),
         (edited("name: shoes", "name: ''"), 1, "is an empty text"),
+        (edited('"no"', "''"), 5, "is an empty text"),
+        (edited('"no"', "n" * 1001), 5, "has 1001 characters; write at most 1000"),
         (edited("name: shoes", "name: 2026-01-31"), 1, "quote the text"),
         (edited("name: shoes", "name: 3"), 1, "write text"),
         (edited("name: shoes", "name: shoes\n1: 2"), 2, "this key is not text"),

@@ -12,10 +12,10 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as safetensors_bytes
 
 from edgexception import __version__
@@ -26,6 +26,7 @@ from edgexception.model.tensors import assemble, first_fault, printable, refuse
 from edgexception.model.torch_file import TIMM_PREPROCESS, open_safetensors, read_pth, timm_network
 from edgexception.model.xception import Xception
 from edgexception.preprocess import Preprocess
+from edgexception.recipe import ClassName
 
 MOST_BYTES = 4 * 2**30
 MOST_METADATA = 16 * 2**20
@@ -43,7 +44,6 @@ _MAGIC = {
     b"\x80": "a torch file",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
 }
-ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 @dataclass(frozen=True)
