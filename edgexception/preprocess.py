@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgexception.errors import BadArtifact
+from edgexception.errors import BadArtifact, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,9 @@ MAX_RESIZED_PIXELS = 2**26
 Side = Annotated[int, Field(ge=32, le=4096)]
 Channel = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0.0, le=1e4, allow_inf_nan=False)]
+Resize = Literal["stretch", "shortest-side"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CropFraction = Annotated[float, Field(gt=0.1, le=1.0)]
 
 
 class Preprocess(BaseModel):
@@ -49,17 +52,51 @@ class Preprocess(BaseModel):
 
     input_size: tuple[Side, Side]
     """Height and width of the network's input in pixels."""
-    resize: Literal["stretch", "shortest-side"] = "stretch"
+    resize: Resize = "stretch"
     """stretch: to the input size whatever the aspect (Keras's loaders).
     shortest-side: the shorter side to floor(size / crop_fraction), then a center crop (timm)."""
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Pillow's filter of that name."""
-    crop_fraction: Annotated[float, Field(gt=0.1, le=1.0)] = 1.0
+    crop_fraction: CropFraction = 1.0
     """Share of the resized shorter side that the center crop keeps; only with shortest-side."""
     mean: tuple[Channel, Channel, Channel] = (127.5, 127.5, 127.5)
     """Subtracted per RGB channel, in pixel units."""
     std: tuple[Deviation, Deviation, Deviation] = (127.5, 127.5, 127.5)
     """Divided by per RGB channel, in pixel units."""
+
+
+class PreprocessChanges(BaseModel):
+    """What is to be different from a checkpoint's own preprocessing; None leaves it as it is there.
+
+    Its own is what the file says, else the convention of its format. The fields are those of
+    `Preprocess`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    input_size: tuple[Side, Side] | None = None
+    """Height and width of the network's input in pixels."""
+    resize: Resize | None = None
+    """stretch: to the input size whatever the aspect (Keras's loaders).
+    shortest-side: the shorter side to floor(size / crop_fraction), then a center crop (timm)."""
+    interpolation: Interpolation | None = None
+    """Pillow's filter of that name."""
+    crop_fraction: CropFraction | None = None
+    """Share of the resized shorter side that the center crop keeps; only with shortest-side."""
+    mean: tuple[Channel, Channel, Channel] | None = None
+    """Subtracted per RGB channel, in pixel units."""
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Divided by per RGB channel, in pixel units."""
+
+    def applied_to(self, own: Preprocess) -> Preprocess:
+        """Return `own` with these changes. Raises UsageError for a crop that would do nothing."""
+        changed = own.model_copy(update=self.model_dump(exclude_none=True))
+        if changed.resize == "stretch" and self.crop_fraction not in (None, 1.0):
+            raise UsageError(
+                f"crop_fraction {self.crop_fraction} has no effect with resize stretch, which is "
+                "the network's: set resize to shortest-side, or leave crop_fraction out"
+            )
+        return changed
 
 
 def to_input(photo: Image.Image, spec: Preprocess) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgexception.architecture import Architecture
-from edgexception.preprocess import Preprocess
+from edgexception.preprocess import Preprocess, PreprocessChanges
 from edgexception.targets import Activations, Precision
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -101,8 +101,9 @@ class CheckpointModel(Spec):
     path: Path
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=65536)] | None = None
     """Class names in the order of the logits, when the file does not carry them."""
-    preprocess: Preprocess | None = None
-    """How photos become inputs; None takes what the file says or its format's convention."""
+    preprocess: PreprocessChanges | None = None
+    """How photos become inputs, where it differs from what the file says or, if it says nothing,
+    from its format's convention. What is left out stays as it is there."""
 
 
 class TrainedHereModel(Spec):

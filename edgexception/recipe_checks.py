@@ -71,7 +71,10 @@ def _training_fits(recipe: Recipe) -> Iterator[Fault]:
 
 def _crop_is_used(recipe: Recipe) -> Iterator[Fault]:
     preprocess = recipe.model.preprocess
-    if preprocess and preprocess.resize == "stretch" and preprocess.crop_fraction != 1.0:
+    # A checkpoint's own resize is not known here; `PreprocessChanges.applied_to` looks at it.
+    if preprocess is None or preprocess.resize != "stretch":
+        return
+    if preprocess.crop_fraction not in (None, 1.0):
         yield Fault(
             ("model", "preprocess", "crop_fraction"),
             "has no effect with resize: stretch; set `resize: shortest-side` or remove it",

@@ -27,7 +27,6 @@ _NEEDED: dict[str, dict[str, str]] = {
 _DEPENDENT = {
     "calibration": ("images", "crops", "activations", "ranges", "weight_bits", "dialect"),
     "target": ("runtime", "precision", "batch", "threads"),
-    "input_size": ("resize", "interpolation"),
 }
 
 
@@ -169,9 +168,16 @@ def _model(source: Path, flags: Flags) -> dict[str, Any]:
     model: dict[str, Any] = {"kind": "checkpoint", "path": source.absolute()}
     if flags.classes is not None:
         model["classes"] = tuple(name.strip() for name in flags.classes.split(","))
-    transform = _set({"resize": flags.resize, "interpolation": flags.interpolation})
-    if flags.input_size is not None:
-        model["preprocess"] = {"input_size": (flags.input_size, flags.input_size), **transform}
+    side = flags.input_size
+    changes = _set(
+        {
+            "input_size": None if side is None else (side, side),
+            "resize": flags.resize,
+            "interpolation": flags.interpolation,
+        }
+    )
+    if changes:
+        model["preprocess"] = changes
     return model
 
 

@@ -227,10 +227,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["export", "net.safetensors", "--dialect", "openvino"],
         "--dialect has no effect without --calibration",
     ),
-    "a resize without a size": (
-        ["import", "net.safetensors", "--resize", "stretch"],
-        "--resize has no effect without --input-size",
-    ),
     "int8 without calibration": (
         ["bench", "net.safetensors", "--target", "cpu-x86", "--precision", "int8"],
         "targets[0].precisions: asks for int8, but nothing is quantized",

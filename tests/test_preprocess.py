@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgexception.errors import BadArtifact
 from edgexception.photos import decode_photo
-from edgexception.preprocess import Preprocess, to_input
+from edgexception.preprocess import Preprocess, PreprocessChanges, to_input
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -133,3 +133,24 @@ def test_importing_it_needs_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@settings(deadline=None)
+@given(sizes, filters, st.data())
+def test_changes_are_those_fields_and_no_others(size, interpolation, data):
+    """And each field of the transform can be changed."""
+    own = Preprocess(input_size=(299, 299))
+    wanted = {
+        "input_size": size,
+        "resize": "shortest-side",
+        "interpolation": interpolation,
+        "crop_fraction": 0.5,
+        "mean": (1.0, 2.0, 3.0),
+        "std": (4.0, 5.0, 6.0),
+    }
+    assert set(wanted) == set(Preprocess.model_fields) == set(PreprocessChanges.model_fields)
+    assert PreprocessChanges(**wanted).applied_to(own) == Preprocess(**wanted)
+    given_fields = data.draw(st.sets(st.sampled_from(sorted(set(wanted) - {"crop_fraction"}))))
+    changes = {name: wanted[name] for name in given_fields}
+    changed = PreprocessChanges(**changes).applied_to(own)
+    assert changed == Preprocess(**{"input_size": (299, 299), **changes})

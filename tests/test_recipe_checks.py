@@ -49,7 +49,7 @@ from edgexception.recipe_file import load_recipe
          "gates.speedup_min", "add fp32"),
         ("{kind: folder, path: photos/test}", "{kind: photos, path: photos/calibration}", 7,
          "calibration.source", "would flatter"),
-        ("  classes:", "  preprocess: {input_size: [71, 71], crop_fraction: 0.9}\n  classes:", 5,
+        ("  classes:", "  preprocess: {resize: stretch, crop_fraction: 0.9}\n  classes:", 5,
          "model.preprocess.crop_fraction", "has no effect"),
         ("bench:", "export: {batch: 4}\nbench:", 15, "export.batch", "`bench.batch_sizes: [4]`"),
         ("bench:", "export: {dialects: [tensorrt]}\nbench:", 15,

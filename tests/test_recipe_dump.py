@@ -14,7 +14,7 @@ from recipe_texts import GOOD, write
 
 from edgexception.architecture import Architecture
 from edgexception.errors import UsageError
-from edgexception.preprocess import Preprocess
+from edgexception.preprocess import Preprocess, PreprocessChanges
 from edgexception.recipe import (
     BenchSpec,
     CalibrationSpec,
@@ -62,6 +62,15 @@ PREPROCESS = st.builds(
     mean=st.tuples(*[st.floats(-1e4, 1e4)] * 3),
     std=st.tuples(*[st.floats(1e-30, 1e4)] * 3),
 )
+CHANGES = st.builds(
+    PreprocessChanges,
+    input_size=st.none() | st.tuples(st.integers(32, 4096), st.integers(32, 4096)),
+    resize=st.none() | st.just("shortest-side"),
+    interpolation=st.none() | st.just("nearest"),
+    crop_fraction=st.none() | st.floats(0.2, 1),
+    mean=st.none() | st.tuples(*[st.floats(-1e4, 1e4)] * 3),
+    std=st.none() | st.tuples(*[st.floats(1e-30, 1e4)] * 3),
+)
 ARCHITECTURES = st.builds(
     Architecture,
     entry=st.lists(st.lists(INTS, min_size=1, max_size=3).map(tuple), max_size=2).map(tuple),
@@ -77,7 +86,7 @@ MODELS = st.one_of(
         kind=st.just("checkpoint"),
         path=PATHS,
         classes=st.none() | st.lists(NAMES, min_size=1, max_size=5, unique=True).map(tuple),
-        preprocess=st.none() | PREPROCESS,
+        preprocess=st.none() | CHANGES,
     ),
     st.builds(
         TrainedHereModel,

@@ -25,7 +25,7 @@ from edgexception.model.keras_file import read_keras, read_keras_hdf5
 from edgexception.model.tensors import assemble, first_fault, printable, refuse
 from edgexception.model.torch_file import TIMM_PREPROCESS, open_safetensors, read_pth, timm_network
 from edgexception.model.xception import Xception
-from edgexception.preprocess import Preprocess
+from edgexception.preprocess import Preprocess, PreprocessChanges
 from edgexception.recipe import ClassName
 
 MOST_BYTES = 4 * 2**30
@@ -75,16 +75,17 @@ def load_checkpoint(
     path: Path,
     *,
     classes: tuple[str, ...] | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: PreprocessChanges | None = None,
 ) -> TrainedModel:
     """Read a trained Xception.
 
-    `classes` and `preprocess` override the file's own; without both, the preprocessing is the
-    format's convention (Keras: input size of the config or 299, x / 127.5 - 1; timm: 299,
-    shorter side, bicubic, crop 0.8975). A softmax at the end is dropped: the output is logits.
+    `classes` overrides the file's own, and so does each field of `preprocess` that is given. What
+    neither says is the format's convention (Keras: input size of the config or 299, x / 127.5 - 1;
+    timm: 299, shorter side, bicubic, crop 0.8975). A softmax at the end is dropped: the output is
+    logits.
 
-    Raises `BadArtifact` naming the tensor or layer and the reason, `UsageError` for a path or
-    class names that cannot be used.
+    Raises `BadArtifact` naming the tensor or layer and the reason, `UsageError` for a path, class
+    names or changes of the preprocessing that cannot be used.
     """
     kind = _checked_kind(path)
     try:
@@ -106,7 +107,9 @@ def load_checkpoint(
     # A wrong list is the caller's fault or the file's.
     _check_classes(path, network.architecture, named, BadArtifact)
     _check_classes(path, network.architecture, classes, UsageError)
-    return TrainedModel(network, named if classes is None else classes, preprocess or own, source)
+    if preprocess is not None:
+        own = preprocess.applied_to(own)
+    return TrainedModel(network, named if classes is None else classes, own, source)
 
 
 def save_checkpoint(model: TrainedModel, path: Path) -> None:

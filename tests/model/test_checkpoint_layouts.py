@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from edgexception.architecture import Architecture
 from edgexception.errors import BadArtifact, UsageError
 from edgexception.model.checkpoint import load_checkpoint, save_checkpoint
-from edgexception.preprocess import Preprocess
+from edgexception.preprocess import Preprocess, PreprocessChanges
 
 CHAIN = NARROW.model_copy(update={"head": (9, 7, 4), "dropout": 0.25})
 FAMILY = {
@@ -191,14 +191,34 @@ def test_rescaling_is_folded_into_the_preprocessing(tmp_path):
 
 def test_overrides_and_class_names(tmp_path):
     write_keras(tmp_path / "m.keras", layout(random_network(NARROW)))
-    mine = Preprocess(input_size=(96, 96), interpolation="nearest")
+    mine = PreprocessChanges(input_size=(96, 96), interpolation="nearest")
     names = tuple("abcde")
     loaded = load_checkpoint(tmp_path / "m.keras", classes=names, preprocess=mine)
-    assert (loaded.classes, loaded.preprocess) == (names, mine)
+    assert loaded.classes == names
+    # The recipe of the kitchenware says only these two, and means Keras's convention for the rest.
+    assert loaded.preprocess == Preprocess(input_size=(96, 96), interpolation="nearest")
     with pytest.raises(UsageError, match="4 class names for a network with 5 outputs"):
         load_checkpoint(tmp_path / "m.keras", classes=names[:4])
     with pytest.raises(UsageError, match="no such file"):
         load_checkpoint(tmp_path / "none.keras")
+
+
+def test_changes_of_the_preprocessing_leave_the_rest_as_the_checkpoint_says(tmp_path):
+    network = random_network(NARROW.model_copy(update={"padding": "timm", "bn_epsilon": 1e-5}))
+    torch.save(timm_state(network, "fc"), tmp_path / "timm.pth")
+    conventional = load_checkpoint(tmp_path / "timm.pth")
+    own = Preprocess(input_size=(80, 96), mean=(1.25, 2, 3), std=(0.1, 0.2, 0.3))
+    save_checkpoint(
+        dataclasses.replace(conventional, preprocess=own), tmp_path / "ours.safetensors"
+    )
+    smaller = PreprocessChanges(input_size=(64, 64))
+    for name, before in (("timm.pth", conventional.preprocess), ("ours.safetensors", own)):
+        after = load_checkpoint(tmp_path / name, preprocess=smaller).preprocess
+        assert after == before.model_copy(update={"input_size": (64, 64)})
+    crop = PreprocessChanges(crop_fraction=0.5)
+    assert load_checkpoint(tmp_path / "timm.pth", preprocess=crop).preprocess.crop_fraction == 0.5
+    with pytest.raises(UsageError, match=r"crop_fraction 0\.5 has no effect with resize stretch"):
+        load_checkpoint(tmp_path / "ours.safetensors", preprocess=crop)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
