@@ -54,7 +54,7 @@ _QUANTIZE: dict[str, Any] = _MODEL | {
     "calibration": _option(Path | None, "Photos to calibrate on: a folder, .csv or .jsonl."),
     "images": _option(int | None, "How many calibration images to take. Default: 128."),
     "crops": _option(int | None, "Random crops of each photo. Default: 1, the whole photo."),
-    "evaluation": _option(Path | None, "Photos to compare on; labelled for accuracy."),
+    "evaluation": _option(Path | None, "Other photos: to compare on; labelled for accuracy."),
     "activations": _option(str | None, "asymmetric (default) or symmetric (TensorRT)."),
     "ranges": _option(str | None, "minmax, percentile or mse (default)."),
     "weight_bits": _option(str | None, "auto (default), 7 or 8."),
@@ -131,12 +131,13 @@ def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool)
         report, fault = run(recipe, folder, last, Listener(console.stage, console.progress))
     if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")
-    if json_:
-        typer.echo(report.model_dump_json(indent=1))
-    else:
-        typer.echo(f"# the recipe that was used\n{dump_recipe(recipe)}")
-        typer.echo(to_text(report))
-        typer.echo(f"results: {folder} (report.md, report.json)")
+    with console.reader_may_leave():
+        if json_:
+            typer.echo(report.model_dump_json(indent=1))
+        else:
+            typer.echo(f"# the recipe that was used\n{dump_recipe(recipe)}")
+            typer.echo(to_text(report))
+            typer.echo(f"results: {folder} (report.md, report.json)")
     if fault:
         raise fault
     if report.failed_gates:

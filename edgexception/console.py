@@ -61,7 +61,16 @@ class Console:
     def say(self, text: str) -> None:
         """Write one line to stderr."""
         if not self.quiet:
-            sys.stderr.write(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n")
+            sys.stderr.write(f"\r\x1b[K{_plain(text)}\n" if self.terminal else f"{_plain(text)}\n")
+
+    @contextmanager
+    def reader_may_leave(self) -> Iterator[None]:
+        """Write data for a reader who may stop reading: that changes nothing of the exit code."""
+        try:
+            yield
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -107,9 +116,10 @@ def _bug(error: Exception) -> tuple[str, int]:
 
 def _leave(message: str, code: int) -> None:
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    # File names and the words of a device may hold anything; a terminal obeys control characters.
-    plain = "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message
-    )
-    sys.stderr.write(f"{clear}edgex: {plain}\n")
+    sys.stderr.write(f"{clear}edgex: {_plain(message)}\n")
     raise SystemExit(code)
+
+
+def _plain(text: str) -> str:
+    """File names and a device's words may hold anything; a terminal obeys control characters."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -19,7 +19,7 @@ from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, loca
 from edgexception.engine_stages import bench, build, evaluate
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
-from edgexception.recipe import BenchSpec, CheckpointModel, Recipe, TargetSpec
+from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, Recipe, TargetSpec
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, report_of
@@ -34,11 +34,16 @@ from edgexception.stages import (
     reference,
     verify,
 )
-from edgexception.targets import find_runtime, find_target
+from edgexception.targets import find_runtime, find_target, load_targets
 from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "export", "build", "bench"]
 LAST: tuple[Last, ...] = ("import", "quantize", "export", "build", "bench")
+
+_TEXTS = ("recipe.yaml", "report.json", "report.md")
+_LINKS = ("model.safetensors", "plan.json", "calibration.json")
+_LINK_FOLDERS = ("onnx", "engines")
+"""What a run leaves in its output folder, beside the store."""
 
 PARITY_IMAGES = 32
 """How many images every exported graph is compared on."""
@@ -73,9 +78,9 @@ class _Run:
     calibration: ImageSet | None = None
     quantized: Artifact | None = None
     exports: dict[str, Artifact] = field(default_factory=dict)
-    parity: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+    parity: dict[tuple[str, str | None], Artifact] = field(default_factory=dict)
     parity_from: str = ""
-    parity_faults: dict[tuple[str, str], EdgexError] = field(default_factory=dict)
+    parity_faults: dict[tuple[str, str | None], EdgexError] = field(default_factory=dict)
     engines: dict[Place, Artifact] = field(default_factory=dict)
     measured: dict[Place, Measured] = field(default_factory=dict)
     faults: dict[Place, EdgexError] = field(default_factory=dict)
@@ -92,13 +97,15 @@ def run(
     returned beside it. Raises the EdgexError of whatever else cannot be done.
     """
     check_recipe(recipe)
-    _check_sources(recipe, last)
+    _check_sources(recipe, last, out)
     listener = listener or Listener()
     with _output(out) as store:
+        for name in _TEXTS[1:]:  # a run that fails leaves no report that looks like its own
+            (out / name).unlink(missing_ok=True)
         device = local_device()
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(_places(recipe, shop.machine)) if _reaches(last, "export") else ()
-        state = _Run(recipe, shop, places, *import_model(shop, recipe.model))
+        state = _Run(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "quantize"):
             _open_photos(state)
             _quantize(state)
@@ -121,8 +128,14 @@ def _reaches(last: Last, stage: Last) -> bool:
 # --- before anything is done ----------------------------------------------------------------------
 
 
-def _check_sources(recipe: Recipe, last: Last) -> None:
-    """Refuse files and folders that are not there before a network is trained for an hour."""
+def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
+    """Refuse what cannot work before a network is trained for an hour."""
+    int8 = any("int8" in spec.precisions for spec in recipe.targets) or recipe.export.dialects
+    if last == "export" and recipe.quantize and not int8:
+        raise UsageError(
+            "the network is quantized, but nothing says for which runtime to write it: add "
+            "--dialect (or `export.dialects`) onnxruntime, openvino or tensorrt, or a target"
+        )
     sources = []
     if isinstance(recipe.model, CheckpointModel):
         find_checkpoint(recipe.model.path)
@@ -131,6 +144,13 @@ def _check_sources(recipe: Recipe, last: Last) -> None:
     if _reaches(last, "quantize"):
         sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]
     for source in sources:
+        folder = getattr(source, "path", None)
+        if (
+            folder is not None
+            and folder.is_dir()
+            and out.resolve().is_relative_to(folder.resolve())
+        ):
+            raise UsageError(f"{out}: lies among the photos of {folder}; choose another --out")
         list_source(source)
 
 
@@ -141,7 +161,32 @@ def _output(out: Path) -> Store:
         raise UsageError(
             f"{out}: cannot be the output folder ({error.strerror}); name another one with --out"
         ) from error
+    _refuse_foreign(out)
     return Store(out / "store")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to replace anything under a name of ours that an earlier run did not put there."""
+    ran_before = (out / "store" / ".lock").is_file()
+    texts = [out / name for name in _TEXTS if os.path.lexists(out / name)]
+    foreign = [p for p in texts if not ran_before or p.is_symlink() or not p.is_file()]
+    links = [out / name for name in _LINKS if os.path.lexists(out / name)]
+    for folder in (out / name for name in _LINK_FOLDERS):
+        if folder.is_dir() and not folder.is_symlink():
+            links += folder.iterdir()
+        elif os.path.lexists(folder):
+            foreign.append(folder)
+    foreign += [path for path in links if not _ours(path)]
+    if foreign:
+        raise UsageError(
+            f"{foreign[0]}: is there already, and is not a result of edgex, which would have to "
+            "replace it; choose another output folder with --out"
+        )
+
+
+def _ours(path: Path) -> bool:
+    """Tell whether a path is a link that a run put there: relative, into the store beside it."""
+    return path.is_symlink() and os.readlink(path).removeprefix("../").startswith("store/")
 
 
 def _probe(device: Device, store: Store) -> ProbeRecord:
@@ -209,8 +254,21 @@ def _quantize(state: _Run) -> None:
     recipe = state.recipe
     if recipe.quantize is not None and recipe.calibration is not None and state.calibration:
         state.quantized = quantize(
-            state.shop, state.model, recipe.quantize, recipe.calibration, state.calibration
+            state.shop,
+            state.model,
+            recipe.quantize,
+            recipe.calibration,
+            state.calibration,
+            _weight_bits(recipe.quantize, recipe, state.shop.machine),
         )
+
+
+def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
+    """Return 7 where `auto` meets a target that is an x86 processor without VNNI, else 8."""
+    if spec.weight_bits != "auto":
+        return spec.weight_bits
+    x86 = any(find_target(target.target).arch == "x86_64" for target in recipe.targets)
+    return 7 if x86 and not machine.cpu.vnni else 8
 
 
 def _export(state: _Run) -> None:
@@ -236,25 +294,38 @@ def _verify(state: _Run) -> None:
         return
     first = ImageSet(images.samples[:PARITY_IMAGES], None, images.preprocess, ())
     answers = reference(state.shop, state.model, first, "for parity")
+    for form, exported in state.exports.items():
+        for runtime in _readers(state, form):
+            with _fault_noted(state.parity_faults, (form, runtime)):
+                state.parity[form, runtime] = verify(
+                    state.shop,
+                    state.model,
+                    None if form == "fp32" else state.quantized,
+                    exported,
+                    answers,
+                    form.removeprefix("int8-"),
+                    runtime,
+                    state.recipe.export.batch or 1,
+                )
     for place in state.places:
-        key = (place.form, place.runtime)
-        if key not in state.parity and key not in state.parity_faults:
-            with _fault_noted(state.parity_faults, key):
-                state.parity[key] = _verified(state, place, answers)
-        if key in state.parity_faults:
-            state.faults[place] = state.parity_faults[key]
+        if (place.form, place.runtime) in state.parity_faults:
+            state.faults[place] = state.parity_faults[place.form, place.runtime]
 
 
-def _verified(state: _Run, place: Place, answers: Artifact) -> Artifact:
-    return verify(
-        state.shop,
-        state.model,
-        None if place.precision == "fp32" else state.quantized,
-        state.exports[place.form],
-        answers,
-        place,
-        state.recipe.export.batch or 1,
-    )
+def _readers(state: _Run, form: str) -> tuple[str | None, ...]:
+    """Return the runtimes that a form is compared on: the targets', else one here, else None."""
+    if wanted := dict.fromkeys(place.runtime for place in state.places if place.form == form):
+        return tuple(wanted)
+    machine = state.shop.machine
+    here = {
+        runtime: row.dialect
+        for target in load_targets().values()
+        if target.arch == machine.arch
+        for runtime, row in target.runtimes.items()
+        if runtime in machine.runtimes and machine.runtimes[runtime].missing is None
+    }
+    able = [r for r, dialect in here.items() if form in ("fp32", f"int8-{dialect}")]
+    return (able[0] if able else None,)
 
 
 def _build(state: _Run) -> None:
@@ -357,7 +428,7 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
             links[name] = state.quantized.file(name)
     links |= {f"onnx/{form}.onnx": a.file("model.onnx") for form, a in state.exports.items()}
     links |= {
-        f"onnx/{form}.on-{runtime}.parity.json": artifact.file("parity.json")
+        f"onnx/{form}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")
         for (form, runtime), artifact in state.parity.items()
     }
     for place, built in state.engines.items():
@@ -377,11 +448,11 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
 
 
 def _replace_links(out: Path, links: Mapping[str, Path], work: Path) -> None:
-    """Put each link in place in one step, and remove those that an earlier run left."""
-    for folder in (out, out / "onnx", out / "engines"):
+    """Put each link in place in one step, and remove those of ours that an earlier run left."""
+    for folder in (out, *(out / name for name in _LINK_FOLDERS)):
         folder.mkdir(exist_ok=True)
         for old in folder.iterdir():
-            if old.is_symlink() and old.relative_to(out).as_posix() not in links:
+            if _ours(old) and old.relative_to(out).as_posix() not in links:
                 old.unlink()
     for name, path in links.items():
         (work / "link").symlink_to(os.path.relpath(path, (out / name).parent))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgexception.artifacts import Artifact, sha256_file
 from edgexception.bench.protocol import Engine, run_images
 from edgexception.calibration import write_calibration_manifest
-from edgexception.data import open_training
+from edgexception.data import open_evaluation, open_training, refuse_leak
 from edgexception.device import Progress
 from edgexception.engine_stages import call_build
 from edgexception.errors import BadArtifact, UsageError
@@ -25,11 +25,12 @@ from edgexception.imageset import ImageSet
 from edgexception.recipe import (
     CalibrationSpec,
     CheckpointModel,
+    EvaluationSpec,
     ModelSpec,
     PtqSpec,
     TrainedHereModel,
 )
-from edgexception.report.assemble import Place, compare
+from edgexception.report.assemble import compare
 from edgexception.report.record import Network
 from edgexception.workshop import Workshop, versions, write_json
 
@@ -44,12 +45,14 @@ FLOAT_PARITY_DB = 60.0
 """Least SQNR of an exported float network as a runtime executes it, against torch."""
 
 
-def import_model(shop: Workshop, spec: ModelSpec) -> tuple[Artifact, Network]:
+def import_model(
+    shop: Workshop, spec: ModelSpec, evaluation: EvaluationSpec | None
+) -> tuple[Artifact, Network]:
     """Read a checkpoint, or train the network: `model.safetensors` and `model.json`."""
     if isinstance(spec, CheckpointModel):
         artifact = _import_checkpoint(shop, spec)
     else:
-        artifact = _train(shop, spec)
+        artifact = _train(shop, spec, evaluation)
     return artifact, Network.model_validate_json(artifact.file("model.json").read_bytes())
 
 
@@ -88,8 +91,11 @@ def _digest(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check the rights") from error
 
 
-def _train(shop: Workshop, spec: TrainedHereModel) -> Artifact:
+def _train(shop: Workshop, spec: TrainedHereModel, evaluation: EvaluationSpec | None) -> Artifact:
     images = open_training(spec.source, spec.preprocess)
+    if evaluation is not None:
+        labelled, _ = open_evaluation(evaluation, spec.preprocess, images.classes)
+        refuse_leak(images, labelled, "training")
 
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import TrainedModel
@@ -140,10 +146,9 @@ def quantize(
     spec: PtqSpec,
     calibration: CalibrationSpec,
     images: ImageSet,
+    bits: int,
 ) -> Artifact:
-    """Post-training quantization: `plan.json`, `weights.safetensors` and `calibration.json`."""
-    vnni = shop.machine.cpu.vnni or shop.machine.arch != "x86_64"
-    bits = (8 if vnni else 7) if spec.weight_bits == "auto" else spec.weight_bits
+    """Quantize after training: `plan.json`, `weights.safetensors` and `calibration.json`."""
 
     def write(folder: Path) -> None:
         from safetensors.torch import save_file
@@ -168,6 +173,7 @@ def quantize(
     inputs = {
         "model": model.digest,
         "calibration": images.digest,
+        "manifest": calibration.model_dump(include={"seed", "crops_per_photo"}),
         "spec": spec.model_dump(),
         "weight_bits": bits,
         "versions": versions("torch", "nncf"),
@@ -209,6 +215,7 @@ def export(
 def _graph_and_plan(
     trained: TrainedModel, quantized: Artifact | None
 ) -> tuple[fx.GraphModule, QuantPlan | None]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from edgexception.model.graph import inference_graph
@@ -217,7 +224,13 @@ def _graph_and_plan(
     graph = inference_graph(trained.network, trained.preprocess)
     if quantized is None:
         return graph, None
-    graph.load_state_dict(load_file(quantized.file("weights.safetensors")))
+    path = quantized.file("weights.safetensors")
+    try:
+        graph.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise BadArtifact(
+            f"{path}: does not hold this network's weights; remove {path.parent} to quantize again"
+        ) from error
     return graph, load_plan(quantized.file("plan.json"))
 
 
@@ -270,39 +283,39 @@ def verify(
     quantized: Artifact | None,
     exported: Artifact,
     images: Artifact,
-    place: Place,
+    dialect: str,
+    runtime: str | None,
     batch: int,
 ) -> Artifact:
-    """Compare torch, its quantized simulation and the place's runtime on images: `parity.json`.
+    """Compare torch, its quantized simulation and a runtime on images: `parity.json`.
 
-    `images` is a `reference` artifact, `batch` a size that the exported graph takes. Raises
-    BadArtifact when the exported float network does not compute what torch computes.
+    `images` is a `reference` artifact, `batch` a size that the exported graph takes; where no
+    runtime here reads the dialect, only the simulation is compared. Raises BadArtifact when the
+    exported float network does not compute what torch computes.
     """
-    runtime, dialect = place.runtime, place.dialect
 
     def write(folder: Path) -> None:
         from edgexception.quantize.dialects import DIALECTS
         from edgexception.quantize.simulate import simulate
 
         floats = np.load(images.file("logits.npy"), allow_pickle=False)
-        rows: dict[str, Any] = {"images": len(floats)}
+        rows: dict[str, Any] = {"images": len(floats), "runtime": runtime}
         expected = floats
         graph, plan = _graph_and_plan(_load(model), quantized)
         if plan is not None:
             simulated = simulate(graph, plan, DIALECTS[dialect])
             expected = _torch_logits(shop, simulated, images.file("images.npy"))
             rows["simulated_vs_float"] = compare(floats, expected)
-        with shop.store.scratch() as work:
-            executed = _executed(shop, exported, images.file("images.npy"), runtime, batch, work)
-        rows["executed_vs_float"] = compare(floats, executed)
-        rows["executed_vs_torch"] = compare(expected, executed)
-        sqnr = rows["executed_vs_torch"]["sqnr_db"]
-        if plan is None and sqnr is not None and sqnr < FLOAT_PARITY_DB:
-            raise BadArtifact(
-                f"the exported float network as {runtime} executes it differs from torch: "
-                f"{sqnr:.1f} dB, at least {FLOAT_PARITY_DB:.0f} dB expected; do not use it, and "
-                "report this with the checkpoint's architecture"
-            )
+        if runtime is None:
+            rows["skipped"] = "no runtime on this machine reads it"
+        else:
+            with shop.store.scratch() as work:
+                pixels = images.file("images.npy")
+                executed = _executed(shop, exported, pixels, runtime, batch, work)
+            rows["executed_vs_float"] = compare(floats, executed)
+            rows["executed_vs_torch"] = compare(expected, executed)
+            if plan is None:
+                _check_float(rows["executed_vs_torch"]["sqnr_db"], runtime)
         write_json(folder / "parity.json", rows)
 
     inputs = {
@@ -312,10 +325,21 @@ def verify(
         "images": images.digest,
         "dialect": dialect,
         "batch": batch,
-        "machine": shop.identity(runtime),
+        "machine": None if runtime is None else shop.identity(runtime),
         "versions": versions("torch"),
     }
-    return shop.once("verify", f"{place.precision} on {runtime}", inputs, write)
+    form = "fp32" if quantized is None else "int8"
+    what = f"{form} on {runtime}" if runtime else f"{form} {dialect}, simulated only"
+    return shop.once("verify", what, inputs, write)
+
+
+def _check_float(sqnr: float | None, runtime: str) -> None:
+    if sqnr is not None and sqnr < FLOAT_PARITY_DB:
+        raise BadArtifact(
+            f"the exported float network as {runtime} executes it differs from torch: "
+            f"{sqnr:.1f} dB, at least {FLOAT_PARITY_DB:.0f} dB expected; do not use it, and "
+            "report this with the checkpoint's architecture"
+        )
 
 
 def _executed(

@@ -53,6 +53,11 @@ class Workshop:
         return {
             "device": self.device.name,
             "arch": self.machine.arch,
+            "system": self.machine.system,
+            "python": self.machine.python,
+            "numpy": self.machine.numpy,
+            "board": self.machine.board,
+            "cores": self.machine.cpu.usable_cores,
             "cpu": self.machine.cpu.model,
             "flags": list(self.machine.cpu.flags),
             "runtime": runtime,

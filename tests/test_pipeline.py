@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from command import ROOT, digits_sections, edgex, edgex_argv, write_recipe
-from fakes import TroubledDevice
+from fakes import TroubledDevice, agent_that
 
+from edgexception import pipeline
 from edgexception.artifacts import Store
+from edgexception.device import ProbeRecord
 from edgexception.errors import (
     BadArtifact,
     EdgexError,
@@ -24,6 +26,7 @@ from edgexception.errors import (
     UsageError,
 )
 from edgexception.pipeline import Outcome, run
+from edgexception.recipe import PtqSpec, Recipe
 from edgexception.recipe_file import load_recipe
 from edgexception.report.record import Report
 
@@ -199,7 +202,119 @@ def test_a_recipe_without_targets_is_exported_and_says_what_was_not_run(
     assert edgex("run", recipe, "-o", home / "out").code == 0
     page = (home / "out/report.md").read_text()
     assert "Engines: none, the recipe has no `targets` section" in page
-    assert "skipped: no target here runs it" in page
+    parity = json.loads((home / "out/report.json").read_text())["parity"]
+    assert {row["form"]: row["runtime"] for row in parity} == {"fp32": "onnxruntime"}
+
+
+def test_what_no_runtime_here_reads_is_compared_in_simulation_only(
+    home: Path, tmp_path: Path
+) -> None:
+    bare: dict[str, Any] = dict.fromkeys(("targets", "bench", "gates"))
+    sections = digits_sections(
+        **bare,
+        quantize={"method": "ptq", "activations": "symmetric"},
+        export={"dialects": ["tensorrt", "openvino"]},
+    )
+    recipe = write_recipe(tmp_path / "r.yaml", sections)
+    assert edgex("export", recipe, "-o", home / "out").code == 0
+    parity = json.loads((home / "out/report.json").read_text())["parity"]
+    rows = {row["form"]: row for row in parity}
+    assert rows["int8-openvino"]["runtime"] == "openvino"
+    assert rows["int8-openvino"]["executed_vs_torch"] is not None
+    assert rows["int8-tensorrt"]["skipped"] == "no runtime on this machine reads it"
+    assert rows["int8-tensorrt"]["simulated_vs_float"]["sqnr_db"] > 10
+    assert rows["int8-tensorrt"]["executed_vs_torch"] is None
+
+
+def test_quantized_for_nobody_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    bare: dict[str, Any] = dict.fromkeys(("targets", "bench", "gates"))
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections(**bare))
+    done = edgex("export", recipe, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "--dialect" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "recipe.yaml", "report.md", "onnx", "engines/own.onnx", "plan.json"],
+)
+def test_files_of_the_user_are_never_replaced(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    done = edgex("run", write_recipe(tmp_path / "r.yaml", digits_sections()), "-o", out)
+    assert done.code == 2
+    assert f"{out / name}: is there already" in done.err
+    assert (out / name).read_text() == "mine"
+    assert not (out / "store").exists()
+
+
+def test_links_of_the_user_stay(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "photos").symlink_to(tmp_path)
+    (out / "store").symlink_to(tmp_path / "disk")
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections())
+    for _ in range(2):
+        assert edgex("import", recipe, "-o", out).code == 0
+    assert (out / "photos").is_symlink()
+    assert (out / "store").is_symlink()
+    assert (out / "model.safetensors").resolve().is_file()
+
+
+def test_a_failed_run_leaves_no_report_that_looks_like_its_own(home: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections())
+    assert edgex("import", recipe, "-o", home / "out").code == 0
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no such thing")
+    sections = {"name": "broken", "model": {"kind": "checkpoint", "path": str(broken)}}
+    done = edgex("import", write_recipe(tmp_path / "b.yaml", sections), "-o", home / "out")
+    assert done.code == 4
+    assert not (home / "out/report.json").exists()
+    assert not (home / "out/report.md").exists()
+
+
+def test_results_do_not_go_among_the_photos(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    sections = digits_sections(calibration={"source": {"kind": "photos", "path": str(photos)}})
+    done = edgex("run", write_recipe(tmp_path / "r.yaml", sections), "-o", photos / "out")
+    assert done.code == 2
+    assert "lies among the photos" in done.err
+    assert not (photos / "out").exists()
+
+
+def test_a_reader_who_leaves_changes_no_exit_code(home: Path, tmp_path: Path) -> None:
+    sections = digits_sections(gates={"sqnr_db_min": 150.0})
+    recipe = write_recipe(tmp_path / "r.yaml", sections)
+    edgex("run", recipe, "-o", home / "out")
+    child = subprocess.Popen(
+        edgex_argv("run", recipe, "-o", home / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.wait(timeout=120) == 1
+
+
+def test_seven_bits_are_for_x86_targets_without_vnni_alone(tmp_path: Path) -> None:
+    spec = PtqSpec(method="ptq")
+    facts = agent_that("well()").call("probe", {}, {}, tmp_path / "answer")
+    machine = ProbeRecord.model_validate(facts)
+    assert not machine.cpu.vnni
+    model = {"kind": "checkpoint", "path": "x.keras"}
+    bare = Recipe.model_validate({"name": "x", "model": model})
+    target = {"target": "cpu-x86", "runtimes": ["onnxruntime"]}
+    x86 = Recipe.model_validate({"name": "x", "model": model, "targets": [target]})
+    assert pipeline._weight_bits(spec, bare, machine) == 8
+    assert pipeline._weight_bits(spec, x86, machine) == 7
+    assert pipeline._weight_bits(PtqSpec(method="ptq", weight_bits=8), x86, machine) == 8
 
 
 # --- trouble --------------------------------------------------------------------------------------

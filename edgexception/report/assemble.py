@@ -83,10 +83,10 @@ class Findings:
     evaluation: ImageSet | None
     calibration: ImageSet | None
     plan: Path | None
-    parity: Mapping[tuple[str, str], Artifact]
-    """By ONNX form and runtime."""
+    parity: Mapping[tuple[str, str | None], Artifact]
+    """By ONNX form, and runtime or None where nothing here reads the form."""
     parity_from: str
-    parity_faults: Mapping[tuple[str, str], str]
+    parity_faults: Mapping[tuple[str, str | None], str]
     places: tuple[Place, ...]
     exports: Mapping[str, Artifact]
     engines: Mapping[Place, Artifact]
@@ -165,15 +165,15 @@ def _bad_images(found: Findings) -> Iterator[BadImageLine]:
 
 
 def _parity(found: Findings) -> Iterator[Parity]:
-    for (form, runtime), artifact in found.parity.items():
+    for (form, _), artifact in found.parity.items():
         rows = json.loads(artifact.file("parity.json").read_bytes())
-        yield Parity(form=form, images_from=found.parity_from, **rows | {"runtime": runtime})
+        yield Parity(form=form, images_from=found.parity_from, **rows)
     for (form, runtime), reason in found.parity_faults.items():
         yield Parity(form=form, runtime=runtime, failed=reason)
     compared = {form for form, _ in (*found.parity, *found.parity_faults)}
     for form in found.exports:
         if form not in compared:
-            reason = "no photos were given" if not found.parity_from else "no target here runs it"
+            reason = "no photos were given to compare on"
             yield Parity(form=form, skipped=reason)
 
 

@@ -29,7 +29,8 @@ def _row(gates: Gates, row: Row, rows: Sequence[Row]) -> Iterator[GateResult]:
         return
     yield from _at_least("top1_min", gates.top1_min, row.top1.value if row.top1 else None, row)
     yield from _at_most("top1_drop_max", gates.top1_drop_max, _top1_drop(row, rows), row)
-    agreement = row.fidelity.agreement.value if row.fidelity else None
+    agreed = row.fidelity.agreement if row.fidelity else None
+    agreement = agreed.value if agreed else None
     yield from _at_least("agreement_min", gates.agreement_min, agreement, row)
     sqnr = row.fidelity.sqnr_db if row.fidelity else None
     if row.fidelity and sqnr is None and gates.sqnr_db_min is not None:

@@ -52,7 +52,8 @@ class Fidelity(Record):
     `sqnr_db` is null where they are equal to the last bit, and no less than -200.
     """
 
-    agreement: Share
+    agreement: Share | None
+    """Of decisions; None for networks with one output, which decide nothing."""
     sqnr_db: float | None
     max_abs_difference: float
 
@@ -76,7 +77,8 @@ class Row(Record):
     latency: Latency | None = None
     images_per_second: float | None = None
     speedup: Estimate | None = None
-    """Median FP32 latency / median latency, same runtime, batch size and rounds."""
+    """FP32 latency / latency, same runtime and batch size: the geometric mean over the rounds of
+    the ratio of the medians in that round."""
     top1: Share | None = None
     top5: Share | None = None
     fidelity: Fidelity | None = None
@@ -99,6 +101,12 @@ class Parity(Record):
     """Why it was not compared."""
     failed: str | None = None
     """Why comparing it failed."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runtime computes something else than torch: an SQNR below 40 dB."""
+        found = self.executed_vs_torch
+        return found is not None and found.sqnr_db is not None and found.sqnr_db < 40.0
 
 
 class GateResult(Record):

@@ -42,6 +42,7 @@ def to_text(report: Report) -> str:
     for parity in report.parity:
         name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
         found = f"{_sqnr(parity.executed_vs_torch)} executed against torch"
+        found += ": differs" if parity.differs else ""
         lines.append(f"{name:<36}{_not_compared(parity) or found}")
     return "\n".join([*lines, *gate_lines(report.gates)])
 
