@@ -158,7 +158,11 @@ def quantize(
 
         trained = _load(model)
         graph = inference_graph(trained.network, trained.preprocess)
-        result = quantize_ptq(graph, spec, images, bits)
+
+        def report(what: str, done: int, total: int, left_s: float) -> None:
+            shop.progress(Progress(what, done, total, left_s))
+
+        result = quantize_ptq(graph, spec, images, bits, report)
         state = {name: t.contiguous() for name, t in result.graph.state_dict().items()}
         save_file(state, folder / "weights.safetensors")
         (folder / "plan.json").write_text(result.plan.to_json() + "\n")

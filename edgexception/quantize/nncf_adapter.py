@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import rich
@@ -70,25 +70,35 @@ class _Network(nn.Module):
         return cast(torch.Tensor, self.network(x))
 
 
+class Batches(Protocol):
+    """Batches that can be gone over more than once."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[torch.Tensor]: ...
+
+
 def calibrate(
     graph: fx.GraphModule,
-    batches: Iterable[torch.Tensor],
+    batches: Batches,
     *,
     symmetric: bool,
     ranges: Literal["minmax", "percentile", "mse"],
     percentile: float,
     bias_correction: bool,
 ) -> Calibrated:
-    """Run NNCF's PTQ over `batches` of the graph's input; `graph` itself is not changed."""
-    inputs = list(batches)
+    """Run NNCF's PTQ over `batches` of the graph's input; `graph` itself is not changed.
+
+    NNCF goes over the batches several times. `percentile` is NNCF's: the mean of the batches' own.
+    """
     with _quiet_eager_nncf():
         quantized = nncf.quantize(
             _Network(copy.deepcopy(graph)),
-            nncf.Dataset(inputs),
+            nncf.Dataset(batches),
             preset=(
                 nncf.QuantizationPreset.PERFORMANCE if symmetric else nncf.QuantizationPreset.MIXED
             ),
-            subset_size=len(inputs),
+            subset_size=len(batches),
             fast_bias_correction=True,
             ignored_scope=nncf.IgnoredScope(types=list(_NOT_INPUT_EDGES), validate=False),
             advanced_parameters=AdvancedQuantizationParameters(

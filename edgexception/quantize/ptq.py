@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -21,6 +22,9 @@ from edgexception.quantize.ranges import grid_of_range, observe
 from edgexception.recipe import PtqSpec
 
 BATCH = 8
+Report = Callable[[str, int, int, float], None]
+"""Called with (what, batches done, batches in all, seconds left) of each pass over the images."""
+
 _BIAS_LIMIT = 2**30
 """Largest |bias| in integer steps, well inside the int32 of the runtimes that quantize biases."""
 
@@ -34,7 +38,11 @@ class Quantized:
 
 
 def quantize_ptq(
-    graph: fx.GraphModule, spec: PtqSpec, images: ImageSet, weight_bits: int
+    graph: fx.GraphModule,
+    spec: PtqSpec,
+    images: ImageSet,
+    weight_bits: int,
+    progress: Report | None = None,
 ) -> Quantized:
     """Quantize an inference graph on calibration images; `graph` itself is not changed.
 
@@ -48,10 +56,11 @@ def quantize_ptq(
                 "the checkpoint is damaged or its training diverged"
             )
     symmetric = spec.activations == "symmetric"
-    histograms = observe(graph, output_edges(graph), _inputs(images))
+    batches = _Batches(images, progress)
+    histograms = observe(graph, output_edges(graph), batches)
     found = calibrate(
         graph,
-        _inputs(images),
+        batches,
         symmetric=symmetric,
         ranges=spec.ranges,
         percentile=spec.percentile,
@@ -83,9 +92,26 @@ def quantize_ptq(
     return Quantized(corrected, plan)
 
 
-def _inputs(images: ImageSet) -> Iterator[torch.Tensor]:
-    for batch in images.batches(BATCH):
-        yield to_graph_input(torch.from_numpy(batch))
+class _Batches:
+    """The calibration images as the graph's input, decoded anew in every pass over them."""
+
+    def __init__(self, images: ImageSet, progress: Report | None) -> None:
+        self.images = images
+        self.progress = progress
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return (len(self.images) + BATCH - 1) // BATCH
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.passes += 1
+        what = f"calibration, pass {self.passes}"
+        start = time.monotonic()
+        for done, batch in enumerate(self.images.batches(BATCH)):
+            if self.progress is not None and done:
+                left = (time.monotonic() - start) / done * (len(self) - done)
+                self.progress(what, done, len(self), left)
+            yield to_graph_input(torch.from_numpy(batch))
 
 
 def _activation(
