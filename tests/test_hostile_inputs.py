@@ -57,6 +57,9 @@ def contents(folder: Path) -> set[str]:
     return names - {"store/.lock"}
 
 
+REPORTS = {"report.json", "report.md"}
+"""What a refused run takes away: the report of the run before is not its own."""
+
 NO_CHECKPOINT = {"fifo", "dangling symlink"}
 """Cases where no file is there to be read, which is the caller's fault."""
 
@@ -99,7 +102,7 @@ def test_photos(world: Path, tmp_path: Path) -> None:
             )
             done = edgex("quantize", network, *flags, "-o", out)
             refused("photo to evaluate on", what, done, 4)
-    assert contents(out) == before
+    assert contents(out) == before - REPORTS
 
 
 def test_manifests(world: Path, tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_calibration_manifests(world: Path, tmp_path: Path) -> None:
         }
         done = edgex("quantize", write_recipe(tmp_path / "r.yaml", sections), "-o", out)
         assert path.name in refused("calibration manifest", what, done, 4)
-    assert contents(out) == before
+    assert contents(out) == before - REPORTS
 
 
 def test_recipes(tmp_path: Path) -> None:
