@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     out = arguments.out or Path("build") / recipe.name
-    report = run(recipe, out)
+    report = run(recipe, out).report
     preprocess, classes = report.network.preprocess, report.network.classes
     _, evaluation = open_evaluation(recipe.evaluation, preprocess, classes)
     calibration = open_calibration(recipe.calibration, preprocess, evaluation=None)
