@@ -36,6 +36,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
+	$(BIN)/python recipes/fetch_kitchenware.py
 	$(BIN)/python tests/benchmarks/static_peer.py
 
 clean:
