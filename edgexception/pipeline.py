@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from edgexception.artifacts import Artifact, Store, atomic_write
+from edgexception.artifacts import Artifact, Store
 from edgexception.bench.protocol import Engine
 from edgexception.bench.statistics import Times
 from edgexception.data import open_calibration, open_evaluation
@@ -19,6 +18,7 @@ from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, loca
 from edgexception.engine_stages import bench, build, evaluate
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
+from edgexception.output import fill_output, open_output
 from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, Recipe, TargetSpec
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import dump_recipe
@@ -39,11 +39,6 @@ from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "export", "build", "bench"]
 LAST: tuple[Last, ...] = ("import", "quantize", "export", "build", "bench")
-
-_TEXTS = ("recipe.yaml", "report.json", "report.md")
-_LINKS = ("model.safetensors", "plan.json", "calibration.json")
-_LINK_FOLDERS = ("onnx", "engines")
-"""What a run leaves in its output folder, beside the store."""
 
 PARITY_IMAGES = 32
 """How many images every exported graph is compared on."""
@@ -99,9 +94,7 @@ def run(
     check_recipe(recipe)
     _check_sources(recipe, last, out)
     listener = listener or Listener()
-    with _output(out) as store:
-        for name in _TEXTS[1:]:  # a run that fails leaves no report that looks like its own
-            (out / name).unlink(missing_ok=True)
+    with open_output(out) as store:
         device = local_device()
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(_places(recipe, shop.machine)) if _reaches(last, "export") else ()
@@ -152,41 +145,6 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
         ):
             raise UsageError(f"{out}: lies among the photos of {folder}; choose another --out")
         list_source(source)
-
-
-def _output(out: Path) -> Store:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{out}: cannot be the output folder ({error.strerror}); name another one with --out"
-        ) from error
-    _refuse_foreign(out)
-    return Store(out / "store")
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Refuse to replace anything under a name of ours that an earlier run did not put there."""
-    ran_before = (out / "store" / ".lock").is_file()
-    texts = [out / name for name in _TEXTS if os.path.lexists(out / name)]
-    foreign = [p for p in texts if not ran_before or p.is_symlink() or not p.is_file()]
-    links = [out / name for name in _LINKS if os.path.lexists(out / name)]
-    for folder in (out / name for name in _LINK_FOLDERS):
-        if folder.is_dir() and not folder.is_symlink():
-            links += folder.iterdir()
-        elif os.path.lexists(folder):
-            foreign.append(folder)
-    foreign += [path for path in links if not _ours(path)]
-    if foreign:
-        raise UsageError(
-            f"{foreign[0]}: is there already, and is not a result of edgex, which would have to "
-            "replace it; choose another output folder with --out"
-        )
-
-
-def _ours(path: Path) -> bool:
-    """Tell whether a path is a link that a run put there: relative, into the store beside it."""
-    return path.is_symlink() and os.readlink(path).removeprefix("../").startswith("store/")
 
 
 def _probe(device: Device, store: Store) -> ProbeRecord:
@@ -440,20 +398,4 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
         "report.json": report.model_dump_json(indent=1) + "\n",
         "report.md": to_markdown(report),
     }
-    with state.shop.store.scratch() as work:
-        _replace_links(out, links, work)
-        for name, text in texts.items():
-            atomic_write(work / name, text)
-            (work / name).replace(out / name)
-
-
-def _replace_links(out: Path, links: Mapping[str, Path], work: Path) -> None:
-    """Put each link in place in one step, and remove those of ours that an earlier run left."""
-    for folder in (out, *(out / name for name in _LINK_FOLDERS)):
-        folder.mkdir(exist_ok=True)
-        for old in folder.iterdir():
-            if _ours(old) and old.relative_to(out).as_posix() not in links:
-                old.unlink()
-    for name, path in links.items():
-        (work / "link").symlink_to(os.path.relpath(path, (out / name).parent))
-        (work / "link").replace(out / name)
+    fill_output(out, state.shop.store, links, texts)

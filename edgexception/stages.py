@@ -118,18 +118,18 @@ def _train(shop: Workshop, spec: TrainedHereModel, evaluation: EvaluationSpec | 
 
 def _write_model(model: TrainedModel, folder: Path) -> None:
     from edgexception.model.checkpoint import save_checkpoint
-    from edgexception.model.cost import cost_of
+    from edgexception.model.cost import macs_of
     from edgexception.model.graph import inference_graph
 
     save_checkpoint(model, folder / "model.safetensors")
-    cost = cost_of(inference_graph(model.network, model.preprocess), model.preprocess)
+    graph = inference_graph(model.network, model.preprocess)
     card = Network(
         classes=model.classes,
         preprocess=model.preprocess,
         source=model.source,
         outputs=model.network.architecture.outputs,
         parameters=sum(p.numel() for p in model.network.parameters()),
-        macs=cost.macs,
+        macs=macs_of(graph, model.preprocess),
     )
     (folder / "model.json").write_text(card.model_dump_json(indent=1) + "\n")
 

@@ -1,8 +1,6 @@
-"""What a network costs: parameters and multiply-accumulates, counted on its inference graph."""
+"""What a network costs: multiply-accumulates, counted on its inference graph."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -11,15 +9,8 @@ from edgexception.model.graph import module_of
 from edgexception.preprocess import Preprocess
 
 
-class Cost(NamedTuple):
-    """Size and work of one network for one image."""
-
-    parameters: int
-    macs: int
-
-
-def cost_of(graph: fx.GraphModule, preprocess: Preprocess) -> Cost:
-    """Count an inference graph's parameters (BatchNorm folded) and multiply-accumulates."""
+def macs_of(graph: fx.GraphModule, preprocess: Preprocess) -> int:
+    """Count the multiply-accumulates of an inference graph for one image."""
     macs = 0
 
     class Count(fx.Interpreter):
@@ -34,4 +25,4 @@ def cost_of(graph: fx.GraphModule, preprocess: Preprocess) -> Cost:
 
     with torch.inference_mode():
         Count(graph).run(torch.zeros(1, 3, *preprocess.input_size))
-    return Cost(sum(p.numel() for p in graph.parameters()), macs)
+    return macs
