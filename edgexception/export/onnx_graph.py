@@ -24,7 +24,12 @@ from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.plan import QuantPlan
-from edgexception.quantize.simulate import accumulator_scales, quantize_bias, quantize_weight
+from edgexception.quantize.simulate import (
+    accumulator_scales,
+    half_parameters,
+    quantize_bias,
+    quantize_weight,
+)
 
 FLOAT_OPSET = 17
 IR_VERSION = 10
@@ -102,7 +107,8 @@ class _Writer:
         self.dialect = dialect
         self.sizes = _spatial_sizes(graph, preprocess)
         self.grids = written_grids(graph, plan, dialect) if plan and dialect else {}
-        self.reads = rounded_reads(graph, self.grids, dialect) if dialect else {}
+        self.reads = rounded_reads(graph, plan, self.grids, dialect) if plan and dialect else {}
+        self.precision = plan.precision if plan else {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -169,21 +175,37 @@ class _Writer:
 
     def _layer(self, node: fx.Node, module: nn.Module) -> None:
         inputs = [self.read(cast(fx.Node, argument), node) for argument in node.args]
+        half = self.precision.get(node.name) == "fp16"
+        if half:
+            self.node("Cast", inputs, f"{node.name}_input_half", to=TensorProto.FLOAT16)
+            inputs = [f"{node.name}_input_half"]
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             inputs += self._weights(node, module)
         for kind, write in _WRITERS.items():
             if isinstance(module, kind):
                 write(self, node, module, inputs)
-                return
-        raise EdgexError(f"node {node.name}: no ONNX form for {type(module).__name__}")
+                break
+        else:
+            raise EdgexError(f"node {node.name}: no ONNX form for {type(module).__name__}")
+        if half:
+            self._widen(self.nodes[-1], node.name)
+
+    def _widen(self, written: onnx.NodeProto, name: str) -> None:
+        """Bring the output of a float16 node back to float32 under the name that others read."""
+        written.name = written.output[0] = f"{name}_half"
+        self.node("Cast", [f"{name}_half"], name, to=TensorProto.FLOAT)
 
     def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
         name = node.name
         weight = layer.weight.detach()
-        if self.plan is None or self.dialect is None:
+        if self.plan is None or self.dialect is None or name in self.precision:
+            half = self.precision.get(name) == "fp16"
+            bias = None if layer.bias is None else layer.bias.detach()
+            if half:
+                weight, bias = half_parameters(name, layer)
             names = [self.constant(f"{name}_weight", weight.numpy())]
-            if layer.bias is not None:
-                names.append(self.constant(f"{name}_bias", layer.bias.detach().numpy()))
+            if bias is not None:
+                names.append(self.constant(f"{name}_bias", bias.numpy()))
             return names
         grid = self.plan.weights[name]
         scales = np.array(grid.scales, dtype=np.float32)
@@ -212,7 +234,12 @@ def _convolution(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list
     rows, columns = cast(tuple[int, int], layer.padding)
     strides = list(layer.stride)
     openvino = writer.dialect is not None and writer.dialect.name == "openvino"
-    if openvino and layer.kernel_size == (1, 1) and strides != [1, 1]:
+    if (
+        openvino
+        and node.name not in writer.precision
+        and layer.kernel_size == (1, 1)
+        and strides != [1, 1]
+    ):
         # OpenVINO moves the stride of a 1x1 convolution into its input's Q/DQ and then computes the
         # convolution in float; with the pixels picked behind them it stays INT8, results equal.
         picked = f"{node.name}_picked"

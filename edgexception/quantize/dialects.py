@@ -16,6 +16,10 @@ OpenVINO and TensorRT fuse the output's scale into whatever follows. OpenVINO re
 with a zero point in float, and an int8 one in INT8. TensorRT's parser refuses an int32
 DequantizeLinear and any zero point other than 0 (TensorRT documentation, "Working with quantized
 types"); opset 19 is the first with float16 scales.
+
+A layer that the plan keeps in float reads its input as it is: in float, but for ONNX Runtime, where
+an INT8 layer that writes it has written integers. What a float layer writes is rounded only where
+INT8 layers read it.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from edgexception.errors import UsageError
 from edgexception.model.graph import INPUT, layers, module_of
 from edgexception.quantize.edges import layer_outputs
 from edgexception.quantize.plan import ActivationQuant, QuantPlan
+from edgexception.quantize.precision import check_fits
 from edgexception.targets import load_dialects
 
 
@@ -43,20 +48,34 @@ class Dialect:
     integer_bias: bool
     unsigned: bool
     """Activations are uint8: an int8 grid is written as the uint8 grid of the same values."""
+    half: bool
+    """The runtime computes float16 layers."""
 
 
 DIALECTS = {
     row.name: row
     for row in (
-        Dialect("onnxruntime", 17, quantized_outputs=True, integer_bias=True, unsigned=True),
-        Dialect("openvino", 17, quantized_outputs=False, integer_bias=False, unsigned=True),
-        Dialect("tensorrt", 19, quantized_outputs=False, integer_bias=False, unsigned=False),
+        Dialect(
+            "onnxruntime", 17, quantized_outputs=True, integer_bias=True, unsigned=True, half=False
+        ),
+        Dialect(
+            "openvino", 17, quantized_outputs=False, integer_bias=False, unsigned=True, half=False
+        ),
+        Dialect(
+            "tensorrt", 19, quantized_outputs=False, integer_bias=False, unsigned=False, half=True
+        ),
     )
 }
 
 
 def check_plan(plan: QuantPlan, dialect: Dialect) -> None:
     """Raise UsageError when `dialect` has no words for the plan."""
+    half = [name for name, precision in plan.precision.items() if precision == "fp16"]
+    if half and not dialect.half:
+        raise UsageError(
+            f"dialect {dialect.name} cannot compute layer {half[0]} in fp16: processors have no "
+            "kernels for it; write `quantize.precision: {fp32: [...]}`, or target tensorrt"
+        )
     if plan.symmetric or "asymmetric" in load_dialects()[dialect.name].activations:
         return
     name, grid = next((n, g) for n, g in plan.activations.items() if not g.signed or g.zero_point)
@@ -72,8 +91,9 @@ def written_grids(
 ) -> dict[str, ActivationQuant]:
     """Return the grids of a plan as `dialect` writes them, by the node that produces the tensor.
 
-    Raises UsageError when it cannot.
+    Raises UsageError when it cannot, BadArtifact when the plan is not one of this graph.
     """
+    check_fits(graph, plan)
     check_plan(plan, dialect)
     relus = {
         node.name
@@ -103,13 +123,16 @@ def _written(name: str, grid: ActivationQuant, dialect: Dialect, is_relu: bool) 
 
 
 def rounded_reads(
-    graph: fx.GraphModule, grids: dict[str, ActivationQuant], dialect: Dialect
+    graph: fx.GraphModule,
+    plan: QuantPlan,
+    grids: dict[str, ActivationQuant],
+    dialect: Dialect,
 ) -> dict[str, set[str]]:
     """Return tensor -> the nodes that read it rounded to its grid; the others read it in float."""
-    weighted = set(layers(graph))
-    written = layer_outputs(graph) if dialect.quantized_outputs else {}
+    integer = set(layers(graph)).difference(plan.precision)
+    written = layer_outputs(graph, plan.precision) if dialect.quantized_outputs else {}
     return {
-        node.name: {u.name for u in node.users if node.name in written or u.name in weighted}
+        node.name: {u.name for u in node.users if node.name in written or u.name in integer}
         for node in graph.graph.nodes
         if node.name in grids
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx, nn
 
 from edgexception.model.graph import layers, module_of
@@ -17,8 +19,8 @@ def input_edges(graph: fx.GraphModule) -> dict[str, list[str]]:
     return edges
 
 
-def layer_outputs(graph: fx.GraphModule) -> dict[str, str]:
-    """Return tensor -> the layer with weights that writes it.
+def layer_outputs(graph: fx.GraphModule, floating: Collection[str] = ()) -> dict[str, str]:
+    """Return tensor -> the layer with weights that writes it; `floating` layers are left out.
 
     A ReLU that alone reads a layer belongs to that layer: every runtime computes the two as one.
     The logits are not among them; they leave the network in float.
@@ -26,7 +28,7 @@ def layer_outputs(graph: fx.GraphModule) -> dict[str, str]:
     weighted = layers(graph)
     outputs = {}
     for node in graph.graph.nodes:
-        if node.name not in weighted:
+        if node.name not in weighted or node.name in floating:
             continue
         tensor, users = node, list(node.users)
         if len(users) == 1 and _is_relu(graph, users[0]):

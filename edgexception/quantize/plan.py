@@ -14,6 +14,7 @@ from edgexception.artifacts import canonical_json
 from edgexception.errors import BadArtifact
 
 Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+FloatPrecision = Literal["fp32", "fp16"]
 
 
 class _Data(BaseModel):
@@ -28,8 +29,8 @@ class ActivationQuant(_Data):
     signed: bool
     bits: Literal[8] = 8
     role: Literal["input", "output"]
-    """input: layers with weights read it. output: a layer with weights writes it and only other
-    operations (add, pool) read it; runtimes that compute a layer only between quantized tensors
+    """input: INT8 layers read it. output: an INT8 layer writes it and only other operations (add,
+    pool, a layer in float) read it; runtimes that compute a layer only between quantized tensors
     need it, the others keep it in float."""
 
     @property
@@ -81,6 +82,9 @@ class QuantPlan(_Data):
     schema_version: Literal[1] = 1
     activations: dict[str, ActivationQuant]
     weights: dict[str, WeightQuant]
+    precision: dict[str, FloatPrecision] = {}
+    """The layers that are not INT8. They have no weight grid, and a tensor that neither an INT8
+    layer reads nor one writes has no grid either."""
     provenance: Provenance
 
     @property

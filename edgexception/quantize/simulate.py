@@ -21,7 +21,8 @@ With acc the integer sum, d = scale_input * scale_weight (float32), s and z of t
 - tensorrt: y = acc * d + bias; q = round(y / s) + z. This is the meaning of the Q/DQ graph; what
   TensorRT rounds has not been seen yet.
 
-All roundings are to even, all q saturate at the ends of their grid, all else is float32.
+All roundings are to even, all q saturate at the ends of their grid, all else is float32. A layer in
+fp32 is torch's own; one in fp16 rounds its input, weights, bias and output to float16.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 from torch import fx, nn
 from torch.nn.functional import conv2d, linear
 
-from edgexception.errors import EdgexError
+from edgexception.errors import EdgexError, UsageError
 from edgexception.model.graph import layers, module_of
 from edgexception.model.xception import Add, MaxPoolSame
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
@@ -62,6 +63,23 @@ def accumulator_scales(source: ActivationQuant, grid: WeightQuant) -> _Float32:
     return scales
 
 
+def half_parameters(
+    name: str, layer: nn.Conv2d | nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weights and bias in float16; UsageError naming the layer if float16 cannot hold them.
+
+    Anything finite that becomes infinite is beyond 65,504.
+    """
+    weight = layer.weight.detach().half()
+    bias = None if layer.bias is None else layer.bias.detach().half()
+    if not all(torch.isfinite(v).all() for v in (weight, bias) if v is not None):
+        raise UsageError(
+            f"layer {name}: its weights reach beyond the 65,504 of float16; keep it in INT8, or "
+            "name it under `quantize.precision: {fp32: [...]}`"
+        )
+    return weight, bias
+
+
 def quantize_bias(name: str, bias: torch.Tensor, steps: _Float32) -> npt.NDArray[np.int32]:
     """Return a bias in steps of its layer's integer sum; EdgexError if it does not fit 32 bits."""
     integers = np.rint(bias.detach().double().numpy() / steps)
@@ -78,11 +96,15 @@ def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.Gra
     """
     result = copy.deepcopy(graph)
     grids = written_grids(result, plan, dialect)
-    reads = rounded_reads(result, grids, dialect)
-    outputs = {layer: tensor for tensor, layer in layer_outputs(result).items()}
+    reads = rounded_reads(result, plan, grids, dialect)
+    outputs = {layer: tensor for tensor, layer in layer_outputs(result, plan.precision).items()}
     rounding = {name: _rounding(grid, dialect) for name, grid in grids.items()}
     nodes = {node.name: node for node in result.graph.nodes}
     for name, layer in layers(result).items():
+        if plan.precision.get(name) == "fp16":
+            result.add_module(name, _HalfLayer(name, layer))
+        if name in plan.precision:
+            continue
         source = grids[cast(fx.Node, nodes[name].args[0]).name]
         integer = _IntegerLayer(name, layer, source, plan.weights[name], dialect)
         tensor = outputs.get(name)
@@ -91,12 +113,7 @@ def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.Gra
             rounding[tensor] = integer.fold(grids[tensor], rounding[tensor], dialect)
         result.add_module(name, integer)
     if dialect.name == "onnxruntime":
-        for node in nodes.values():
-            if node.name in grids and len(reads[node.name]) == len(node.users):
-                sources = _integer_sources(result, node, grids, reads)
-                if sources is not None:
-                    result.add_module(node.name, _IntegerAdd(*sources, grids[node.name]))
-                    rounding[node.name] = _Rounding()
+        _add_integers(result, grids, reads, rounding)
     for name, grid in grids.items():
         result.add_module(f"{name}_quantize", _Quantize(grid, rounding[name]))
         with result.graph.inserting_after(nodes[name]):
@@ -226,6 +243,35 @@ class _IntegerLayer(nn.Module):
             acc = acc.double() + _per_channel(self.integer_bias, x.ndim)
         y = acc.float() * _per_channel(torch.from_numpy(self.factor), x.ndim)
         return y if self.bias is None else y + _per_channel(self.bias, x.ndim)
+
+
+def _add_integers(
+    graph: fx.GraphModule,
+    grids: dict[str, ActivationQuant],
+    reads: dict[str, set[str]],
+    rounding: dict[str, _Rounding],
+) -> None:
+    """Compute the sums of integers that are only read as integers like ONNX Runtime."""
+    for node in graph.graph.nodes:
+        if node.name in grids and len(reads[node.name]) == len(node.users):
+            sources = _integer_sources(graph, node, grids, reads)
+            if sources is not None:
+                graph.add_module(node.name, _IntegerAdd(*sources, grids[node.name]))
+                rounding[node.name] = _Rounding()
+
+
+class _HalfLayer(nn.Module):
+    """A layer in float16, summed in float32."""
+
+    def __init__(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        weight, bias = half_parameters(name, layer)
+        self.layer = copy.deepcopy(layer)
+        self.layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        self.layer.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.layer(x.half().float())).half().float()
 
 
 def _integer_sources(

@@ -60,7 +60,7 @@ def test_the_photo_keeps_its_integers(plan: object) -> None:
 
 def test_sums_are_read_in_float_by_adds_and_rounded_by_layers() -> None:
     dialect = DIALECTS["onnxruntime"]
-    reads = rounded_reads(GRAPH, written_grids(GRAPH, ASYMMETRIC, dialect), dialect)
+    reads = rounded_reads(GRAPH, ASYMMETRIC, written_grids(GRAPH, ASYMMETRIC, dialect), dialect)
     assert reads["block2_add"] == {"block3_shortcut"}
     assert reads["block3_shortcut"] == {"block3_add"}
     assert reads["block3_sepconv2_pointwise"] == {"block3_pool"}
