@@ -131,8 +131,34 @@ class _Writer:
 
     def read(self, producer: fx.Node, consumer: fx.Node) -> str:
         """Return the tensor that `consumer` reads: in float, or through the producer's Q/DQ."""
-        rounded = consumer.name in self.reads.get(producer.name, ())
-        return f"{producer.name}_dq" if rounded else producer.name
+        if consumer.name not in self.reads.get(producer.name, ()):
+            return producer.name
+        return (
+            self._shielded(producer) if self._computes_in_float(consumer) else f"{producer.name}_dq"
+        )
+
+    def _computes_in_float(self, consumer: fx.Node) -> bool:
+        pool = isinstance(_module(self.graph, consumer), MaxPoolSame)
+        readers = [consumer, *consumer.users] if pool else [consumer]
+        return any(reader.name in self.precision for reader in readers)
+
+    def _shielded(self, producer: fx.Node) -> str:
+        """Return the dequantized tensor for a float layer of a graph of integers.
+
+        Between a DequantizeLinear of one scale and a QuantizeLinear ONNX Runtime 1.32 quantizes the
+        weights of a float convolution on its own (WeightBiasQuantization, per tensor; it moves such
+        a DequantizeLinear behind a max-pool, too). One equal scale per channel keeps it from it.
+        """
+        name = f"{producer.name}_dq_channels"
+        if all(node.name != name for node in self.nodes):
+            channels = self.sizes[producer.name][1]
+            grid = self.grids[producer.name]
+            kind = np.int8 if grid.signed else np.uint8
+            scale = self.constant(f"{name}_scale", np.full(channels, grid.scale, np.float32))
+            zero = self.constant(f"{name}_zero_point", np.full(channels, grid.zero_point, kind))
+            quantized = next(n for n in self.nodes if n.name == f"{producer.name}_dq").input[0]
+            self.node("DequantizeLinear", [quantized, scale, zero], name, axis=1)
+        return name
 
     # --- nodes
 
@@ -227,6 +253,10 @@ class _Writer:
         zero = self.constant(f"{name}_zero_point", np.zeros(scales.shape, integers.dtype))
         self.node("DequantizeLinear", [quantized, scale, zero], name, axis=0)
         return name
+
+
+def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return module_of(graph, node) if node.op == "call_module" else None
 
 
 def _convolution(writer: _Writer, node: fx.Node, module: nn.Module, inputs: list[str]) -> None:
