@@ -193,7 +193,10 @@ def test_float_layers_get_the_trained_numbers_back() -> None:
 def test_a_runtime_computes_what_a_mixed_simulation_computes(
     runtime: str, architecture: Architecture, size: tuple[int, int], symmetric: bool, data: Any
 ) -> None:
-    """7-bit weights: no processor saturates. OpenVINO's ELU is its own."""
+    """The median image: a float sum in another order may move a level of one, and so its logits.
+
+    7-bit weights: no processor saturates. OpenVINO's ELU is its own.
+    """
     spec, images = preprocess_of(size), random_images(3, size)
     graph = inference_graph(random_network(architecture), spec)
     names = data.draw(
@@ -206,8 +209,10 @@ def test_a_runtime_computes_what_a_mixed_simulation_computes(
     )
     model = to_onnx(graph, spec, None, plan=plan, dialect=DIALECTS[runtime])
     expected = run_torch(simulate(graph, plan, DIALECTS[runtime]), images)
+    executed = RUNTIMES[runtime](model, images)
     elu = architecture.intermediate_activation == "elu" and runtime == "openvino"
-    assert sqnr_db(expected, RUNTIMES[runtime](model, images)) > (25 if elu else 40)
+    agreements = [sqnr_db(*pair) for pair in zip(expected, executed, strict=True)]
+    assert np.median(agreements) > (25 if elu else 60)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
