@@ -2,6 +2,7 @@
 
     <root>/.lock                        held by the one process that uses the folder
     <root>/.partial/<random>/           what is being written; cleaned when the store is opened
+    <root>/.unfinished/<stage>/<key>/   what a long stage goes on from when it was interrupted
     <root>/<stage>/<key>/manifest.json  written last, names every file with its size and sha256
     <root>/<stage>/<key>/...            the files, read-only
 
@@ -257,6 +258,18 @@ class Store:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    def unfinished(self, stage: str, key: str) -> Path:
+        """Return where a long stage keeps what it can go on from; the folder may not be there.
+
+        It outlives the process, and goes when the result is published. Of each stage one is kept,
+        so that changing a recipe again and again does not fill the disk.
+        """
+        folder = self.root / ".unfinished" / self._folder(stage, key).relative_to(self.root)
+        for other in folder.parent.glob("*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
     def publish(
         self,
         stage: str,
@@ -285,6 +298,10 @@ class Store:
                 work.rename(final)
                 _sync(final.parent)
                 _sync(self.root)
+        unfinished = self.unfinished(stage, key)
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or there are those of other stages
+            unfinished.parent.parent.rmdir()
         artifact = self.get(stage, key)
         if artifact is None:
             raise BadArtifact(f"{final}: disappeared while it was published; run again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,5 +209,15 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line."""
-    app(prog_name="edgex")
+    """Run the command line; as one of several processes, run it or help to train."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        app(prog_name="edgex")
+        return
+    from edgexception.train.processes import leading, serve
+
+    if os.environ["RANK"] == "0":
+        with leading():
+            app(prog_name="edgex")
+    else:
+        with exit_codes(), Console(quiet=True).data_only():
+            serve()

@@ -18,8 +18,16 @@ from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, loca
 from edgexception.engine_stages import bench, build, evaluate
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
+from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import fill_output, open_output
-from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, Recipe, TargetSpec
+from edgexception.recipe import (
+    BenchSpec,
+    CheckpointModel,
+    PtqSpec,
+    Recipe,
+    TargetSpec,
+    TrainedHereModel,
+)
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, report_of
@@ -28,8 +36,6 @@ from edgexception.report.render import to_markdown
 from edgexception.sources import list_source
 from edgexception.stages import (
     export,
-    find_checkpoint,
-    import_model,
     quantize,
     reference,
     verify,
@@ -130,9 +136,9 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
             "--dialect (or `export.dialects`) onnxruntime, openvino or tensorrt, or a target"
         )
     sources = []
-    if isinstance(recipe.model, CheckpointModel):
+    if not isinstance(recipe.model, TrainedHereModel):
         find_checkpoint(recipe.model.path)
-    else:
+    if not isinstance(recipe.model, CheckpointModel):
         sources.append(recipe.model.source)
     if _reaches(last, "quantize"):
         sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]

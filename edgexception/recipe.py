@@ -17,6 +17,10 @@ from edgexception.targets import Activations, Precision
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Width = Annotated[int, Field(ge=1, le=65536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -106,21 +110,52 @@ class CheckpointModel(Spec):
     from its format's convention. What is left out stays as it is there."""
 
 
-class TrainedHereModel(Spec):
-    """A network that the recipe trains itself."""
+class _Training(Spec):
+    """How a network learns from labelled images: cross-entropy, AdamW, a cosine after a warm-up."""
+
+    source: Source
+    epochs: Annotated[float, Field(gt=0.0, le=1_000_000.0)] = 10.0
+    """How often every image is seen; 0.5 is half of them once."""
+    batch_size: Count = 64
+    learning_rate: LearningRate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
+    ema: Decay = 0.0
+    """Decay of a moving average of the weights, which the network ends with; 0 is none."""
+    bfloat16: bool = False
+    """Compute layers in bfloat16, weights in float32: 1.7 times as fast where the processor or GPU
+    has it, slower where it has not."""
+    threads: Threads = 1
+    """Of the processor. Every number of threads has its own last bits, so it must be said; the same
+    number ends with the same bytes."""
+    seed: Seed = 0
+
+
+class TrainedHereModel(_Training):
+    """A network that the recipe trains itself, from nothing."""
 
     kind: Literal["train"]
     architecture: Architecture
     preprocess: Preprocess
-    source: Source
-    epochs: Count = 10
-    batch_size: Count = 64
-    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
-    seed: Seed = 0
 
 
-ModelSpec = Annotated[CheckpointModel | TrainedHereModel, Field(discriminator="kind")]
+class FineTunedModel(_Training):
+    """A trained network that learns other classes: its backbone, with a new head."""
+
+    kind: Literal["fine-tune"]
+    path: Path
+    """The checkpoint: .keras, .h5, .pth or .safetensors."""
+    head: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
+    """Output features of the new dense layers; the last is the number of classes of the source."""
+    preprocess: PreprocessChanges | None = None
+    """Where it differs from the checkpoint's, as for a checkpoint."""
+    epochs: Annotated[float, Field(gt=0.0, le=1_000_000.0)] = 1.0
+    batch_size: Count = 32
+    learning_rate: LearningRate = 5e-4
+
+
+ModelSpec = Annotated[
+    CheckpointModel | TrainedHereModel | FineTunedModel, Field(discriminator="kind")
+]
 
 
 class PtqSpec(Spec):

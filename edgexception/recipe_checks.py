@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from edgexception.errors import UsageError
-from edgexception.recipe import PhotosSource, Recipe, Source, TargetSpec, TrainedHereModel
+from edgexception.recipe import (
+    CheckpointModel,
+    PhotosSource,
+    Recipe,
+    Source,
+    TargetSpec,
+    TrainedHereModel,
+)
 from edgexception.strict_yaml import Fault, KeyPath
 from edgexception.targets import Dialect, find_dialect, find_runtime, find_target, load_dialects
 from edgexception.typed_yaml import field_name
@@ -58,15 +65,15 @@ def _default(spec: object, name: str) -> object:
 
 def _training_fits(recipe: Recipe) -> Iterator[Fault]:
     model = recipe.model
-    if isinstance(model, TrainedHereModel):
-        if not model.architecture.head:
-            yield Fault(
-                ("model", "architecture", "head"),
-                "is empty, so there are no classes to train; write the number of classes",
-            )
-        yield from _labelled(model.source, ("model", "source"), "training")
-    elif model.classes:
-        yield from _distinct(model.classes, ("model", "classes"), "class")
+    if isinstance(model, CheckpointModel):
+        yield from _distinct(model.classes or (), ("model", "classes"), "class")
+        return
+    if isinstance(model, TrainedHereModel) and not model.architecture.head:
+        yield Fault(
+            ("model", "architecture", "head"),
+            "is empty, so there are no classes to train; write the number of classes",
+        )
+    yield from _labelled(model.source, ("model", "source"), "training")
 
 
 def _crop_is_used(recipe: Recipe) -> Iterator[Fault]:
@@ -92,7 +99,7 @@ def _evaluation_is_unseen(recipe: Recipe) -> Iterator[Fault]:
             "is the evaluation's source, too, so the measured accuracy would flatter; "
             "calibrate on other images",
         )
-    if isinstance(recipe.model, TrainedHereModel) and recipe.model.source == source:
+    if not isinstance(recipe.model, CheckpointModel) and recipe.model.source == source:
         yield Fault(
             ("model", "source"),
             "is the evaluation's source, too, so the measured accuracy would mean nothing; "

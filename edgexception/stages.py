@@ -1,4 +1,4 @@
-"""The stages left of the ONNX seam, and the comparison of what was exported.
+"""The stages from a trained network to the ONNX seam, and the comparison of what was exported.
 
 A stage's key holds everything that its result depends on: the digests of what it reads, its
 section of the recipe, and the versions of the libraries and of the machine that do the work. What
@@ -14,24 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.artifacts import Artifact, sha256_file
+from edgexception.artifacts import Artifact
 from edgexception.bench.protocol import Engine, run_images
 from edgexception.calibration import write_calibration_manifest
-from edgexception.data import open_evaluation, open_training, refuse_leak
 from edgexception.device import Progress
 from edgexception.engine_stages import call_build
-from edgexception.errors import BadArtifact, UsageError
+from edgexception.errors import BadArtifact
 from edgexception.imageset import ImageSet
-from edgexception.recipe import (
-    CalibrationSpec,
-    CheckpointModel,
-    EvaluationSpec,
-    ModelSpec,
-    PtqSpec,
-    TrainedHereModel,
-)
+from edgexception.model_stages import load_model
+from edgexception.recipe import CalibrationSpec, PtqSpec
 from edgexception.report.assemble import compare
-from edgexception.report.record import Network
 from edgexception.workshop import Workshop, versions, write_json
 
 if TYPE_CHECKING:
@@ -43,101 +35,6 @@ if TYPE_CHECKING:
 TORCH_BATCH = 8
 FLOAT_PARITY_DB = 60.0
 """Least SQNR of an exported float network as a runtime executes it, against torch."""
-
-
-def import_model(
-    shop: Workshop, spec: ModelSpec, evaluation: EvaluationSpec | None
-) -> tuple[Artifact, Network]:
-    """Read a checkpoint, or train the network: `model.safetensors` and `model.json`."""
-    if isinstance(spec, CheckpointModel):
-        artifact = _import_checkpoint(shop, spec)
-    else:
-        artifact = _train(shop, spec, evaluation)
-    return artifact, Network.model_validate_json(artifact.file("model.json").read_bytes())
-
-
-def _import_checkpoint(shop: Workshop, spec: CheckpointModel) -> Artifact:
-    digest = _digest(spec.path)
-
-    def write(folder: Path) -> None:
-        from edgexception.model.checkpoint import load_checkpoint
-
-        model = load_checkpoint(spec.path, classes=spec.classes, preprocess=spec.preprocess)
-        if model.source["sha256"] != digest:
-            raise BadArtifact(f"{spec.path}: has changed while it was read; run again")
-        _write_model(model, folder)
-
-    inputs = {
-        "file": spec.path.name,
-        "sha256": digest,
-        "spec": spec.model_dump(exclude={"path"}),
-        "versions": versions("torch", "h5py", "safetensors"),
-    }
-    return shop.once("import", spec.path.name, inputs, write)
-
-
-def find_checkpoint(path: Path) -> None:
-    """Raise UsageError unless there is a file; a pipe or a device would be read without end."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "there is no such checkpoint"
-        raise UsageError(f"{path}: {what}; name a .keras, .h5, .pth or .safetensors file")
-
-
-def _digest(path: Path) -> str:
-    find_checkpoint(path)
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the rights") from error
-
-
-def _train(shop: Workshop, spec: TrainedHereModel, evaluation: EvaluationSpec | None) -> Artifact:
-    images = open_training(spec.source, spec.preprocess)
-    if evaluation is not None:
-        labelled, _ = open_evaluation(evaluation, spec.preprocess, images.classes)
-        refuse_leak(images, labelled, "training")
-
-    def write(folder: Path) -> None:
-        from edgexception.model.checkpoint import TrainedModel
-        from edgexception.train import train
-
-        def report(done: int, total: int, left_s: float, loss: float) -> None:
-            shop.progress(Progress(f"training, loss {loss:.3f}", done, total, left_s))
-
-        network = train(spec, images, report)
-        source = {"format": "trained by recipe", "images": str(len(images))}
-        _write_model(TrainedModel(network, images.classes, spec.preprocess, source), folder)
-
-    inputs = {
-        "images": images.digest,
-        "spec": spec.model_dump(exclude={"source"}),
-        "versions": versions("torch"),
-    }
-    return shop.once("train", f"{len(images)} images", inputs, write)
-
-
-def _write_model(model: TrainedModel, folder: Path) -> None:
-    from edgexception.model.checkpoint import save_checkpoint
-    from edgexception.model.cost import macs_of
-    from edgexception.model.graph import inference_graph
-
-    save_checkpoint(model, folder / "model.safetensors")
-    graph = inference_graph(model.network, model.preprocess)
-    card = Network(
-        classes=model.classes,
-        preprocess=model.preprocess,
-        source=model.source,
-        outputs=model.network.architecture.outputs,
-        parameters=sum(p.numel() for p in model.network.parameters()),
-        macs=macs_of(graph, model.preprocess),
-    )
-    (folder / "model.json").write_text(card.model_dump_json(indent=1) + "\n")
-
-
-def _load(model: Artifact) -> TrainedModel:
-    from edgexception.model.checkpoint import load_checkpoint
-
-    return load_checkpoint(model.file("model.safetensors"))
 
 
 def quantize(
@@ -156,7 +53,7 @@ def quantize(
         from edgexception.model.graph import inference_graph
         from edgexception.quantize.ptq import quantize_ptq
 
-        trained = _load(model)
+        trained = load_model(model)
         graph = inference_graph(trained.network, trained.preprocess)
 
         def report(what: str, done: int, total: int, left_s: float) -> None:
@@ -194,7 +91,7 @@ def export(
         from edgexception.export.onnx_graph import to_onnx
         from edgexception.quantize.dialects import DIALECTS
 
-        trained = _load(model)
+        trained = load_model(model)
         graph, plan = _graph_and_plan(trained, quantized)
         proto = to_onnx(
             graph,
@@ -244,7 +141,7 @@ def reference(shop: Workshop, model: Artifact, images: ImageSet, what: str) -> A
     def write(folder: Path) -> None:
         from edgexception.model.graph import inference_graph
 
-        trained = _load(model)
+        trained = load_model(model)
         images.write_npy(folder / "images.npy")
         graph = inference_graph(trained.network, trained.preprocess)
         np.save(folder / "logits.npy", _torch_logits(shop, graph, folder / "images.npy"))
@@ -305,7 +202,7 @@ def verify(
         floats = np.load(images.file("logits.npy"), allow_pickle=False)
         rows: dict[str, Any] = {"images": len(floats), "runtime": runtime}
         expected = floats
-        graph, plan = _graph_and_plan(_load(model), quantized)
+        graph, plan = _graph_and_plan(load_model(model), quantized)
         if plan is not None:
             simulated = simulate(graph, plan, DIALECTS[dialect])
             expected = _torch_logits(shop, simulated, images.file("images.npy"))

@@ -26,6 +26,8 @@ class Workshop:
     tell: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
     done: list[StageLine] = field(default_factory=list)
+    unfinished: Path = field(default_factory=Path)
+    """Where the stage that is made just now keeps what a later run of it can go on from."""
 
     def once(
         self,
@@ -41,6 +43,7 @@ class Workshop:
         reused = artifact is not None
         if artifact is None:
             self.progress(Progress(f"{stage} {what}", 0, 1, None))
+            self.unfinished = self.store.unfinished(stage, key)
             artifact = self.store.publish(stage, key, inputs, write)
         seconds = round(time.monotonic() - start, 3)
         line = StageLine(stage=stage, what=what, key=key, reused=reused, seconds=seconds)

@@ -328,3 +328,29 @@ def test_sha256_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     path.write_bytes(data)
     assert sha256_file(path) == hashlib.sha256(data).hexdigest()
+
+
+# --- what a long stage goes on from
+
+
+def test_what_is_unfinished_outlives_the_process_and_goes_with_the_result(tmp_path: Path) -> None:
+    keys = [stage_key("stage", {"seed": seed}) for seed in (1, 2)]
+    with Store(tmp_path / "store") as store:
+        place = store.unfinished("stage", keys[0])
+        assert not place.exists()
+        fill(place, {"state": b"half"})
+        fill(store.unfinished("other", keys[0]), {"state": b"of another stage"})
+    with Store(tmp_path / "store") as store:
+        assert (store.unfinished("stage", keys[0]) / "state").read_bytes() == b"half"
+        publish(store, {"whole": b""})
+        assert not place.exists()
+        assert (store.unfinished("other", keys[0]) / "state").exists()
+        fill(store.unfinished("other", keys[1]), {})
+        assert not (tmp_path / "store/.unfinished/stage").exists()
+
+
+def test_of_one_stage_one_unfinished_result_is_kept(store: Store) -> None:
+    first, second = (stage_key("stage", {"seed": seed}) for seed in (1, 2))
+    fill(store.unfinished("stage", first), {"state": b""})
+    assert not store.unfinished("stage", second).exists()
+    assert not store.unfinished("stage", first).exists()

@@ -86,7 +86,7 @@ gates:
         "2: modle: is not a known field; did you mean model? (known: name, model, calibration, "
         "evaluation, quantize, export, targets, bench, gates)",
         "4: model.kind: is 'chekpoint', which is not known; did you mean checkpoint? "
-        "(known: checkpoint, train)",
+        "(known: checkpoint, fine-tune, train)",
         "6: calibration.source.path: is missing; add `path:` here",
         "7: calibration.images: is 0; write a number at least 1",
         "8: calibration.images: is already set at line 7; keep one of the two",

@@ -21,6 +21,7 @@ from edgexception.recipe import (
     CheckpointModel,
     DigitsSource,
     EvaluationSpec,
+    FineTunedModel,
     FolderSource,
     Gates,
     ManifestSource,
@@ -95,7 +96,18 @@ MODELS = st.one_of(
         preprocess=PREPROCESS,
         source=SOURCES,
         learning_rate=st.floats(1e-12, 10),
+        epochs=st.floats(1e-3, 1e6),
         seed=SEEDS,
+    ),
+    st.builds(
+        FineTunedModel,
+        kind=st.just("fine-tune"),
+        path=PATHS,
+        source=SOURCES,
+        head=st.lists(INTS, min_size=1, max_size=2).map(tuple),
+        preprocess=st.none() | CHANGES,
+        ema=st.floats(0, 0.9999),
+        threads=st.integers(1, 64),
     ),
 )
 GATES = st.builds(

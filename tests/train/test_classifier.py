@@ -26,8 +26,10 @@ from edgexception.imageset import ImageSet, Photo, Pixels, decode
 from edgexception.model.graph import inference_graph, to_graph_input
 from edgexception.model.xception import Xception
 from edgexception.preprocess import Preprocess
-from edgexception.recipe import DigitsSource, TrainedHereModel
-from edgexception.train import _batches, _optimizer, normalized, schedule, train
+from edgexception.recipe import DigitsSource, FineTunedModel, TrainedHereModel
+from edgexception.train.classifier import decaying, fine_tune, train
+from edgexception.train.loop import batch_count, schedule
+from edgexception.train.objective import normalized
 
 pytest.importorskip("sklearn")
 
@@ -140,10 +142,54 @@ def in_colour(index: int, pixels: Pixels) -> Photo:
     return Photo(f"{index}", pixels, index, sha256, "", (32, 32), (0, 255))
 
 
+# --- a trained backbone, a new head
+
+
+def fine_tune_spec(**changed: Any) -> FineTunedModel:
+    fields: dict[str, Any] = {"path": Path("x.keras"), "source": DIGITS, "head": (12, 10)}
+    return FineTunedModel(kind="fine-tune", **{**fields, "epochs": 1.0, **changed})
+
+
+def test_fine_tuning_begins_with_the_backbone_and_a_new_head(few: ImageSet) -> None:
+    torch.manual_seed(5)
+    pretrained = Xception(TINY.model_copy(update={"head": (7, 3), "bn_epsilon": 1e-5}))
+    still = fine_tune(fine_tune_spec(learning_rate=1e-30), pretrained, few)
+    assert still.architecture == TINY.model_copy(update={"head": (12, 10), "bn_epsilon": 1e-5})
+    old = dict(pretrained.named_parameters())
+    for name, value in still.named_parameters():
+        kept = not name.startswith(("dense", "predictions"))
+        same = name in old and value.shape == old[name].shape
+        same = same and torch.allclose(value, old[name], rtol=0.0, atol=1e-20)
+        assert kept == same, name
+    again = fine_tune(fine_tune_spec(learning_rate=1e-30), pretrained, few)
+    assert digest(again) == digest(still)
+
+
+def test_fine_tuning_moves_every_weight(few: ImageSet) -> None:
+    torch.manual_seed(5)
+    pretrained = Xception(TINY.model_copy(update={"head": ()}))
+    before = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    network = fine_tune(fine_tune_spec(head=(10,), epochs=0.7), pretrained, few)
+    assert all(not torch.equal(p, before[n]) for n, p in network.named_parameters() if n in before)
+    assert all(torch.equal(v, before[n]) for n, v in pretrained.state_dict().items())
+
+
+def test_a_share_of_an_epoch_is_a_share_of_its_steps(few: ImageSet) -> None:
+    for epochs, steps in ((0.01, 1), (0.5, 2), (1.5, 4)):
+        seen: list[int] = []
+        train(spec_of(epochs=epochs), few, lambda *now: seen.append(now[1]))  # noqa: B023
+        assert seen == [steps] * steps
+
+
+def test_a_new_head_that_is_not_the_classes(few: ImageSet) -> None:
+    with pytest.raises(UsageError, match=r"model\.head: .* last entry of head to 10"):
+        fine_tune(fine_tune_spec(head=(9,)), Xception(TINY), few)
+
+
 # --- it is reproducible
 
 IN_A_FRESH_PROCESS = """
-from test_train import *
+from test_classifier import *
 images = open_training(DIGITS, spec_of().preprocess)
 assert torch.get_num_threads() == 2, torch.get_num_threads()
 print(digest(train(spec_of(), replace(images, samples=images.samples[:48]))))
@@ -214,7 +260,7 @@ def test_steps_are_as_long_as_the_schedule_says(
         seen.append((step, total))
         return 0.0
 
-    monkeypatch.setattr("edgexception.train.schedule", stand_still)
+    monkeypatch.setattr("edgexception.train.loop.schedule", stand_still)
     network = train(spec_of(epochs=2, weight_decay=0.5), few)
     assert seen == [(step, 6) for step in range(6)]
     torch.manual_seed(spec_of().seed)
@@ -226,7 +272,7 @@ def test_weights_of_layers_decay_and_nothing_else() -> None:
     network = Xception(TINY)
     decayed = {
         id(parameter): group["weight_decay"]
-        for group in _optimizer(network, 0.1, 0.5).param_groups
+        for group in decaying(0.5, network)
         for parameter in group["params"]
     }
     for name, parameter in network.named_parameters():
@@ -243,7 +289,8 @@ def test_every_epoch_sees_every_image_once_in_its_own_order(
         asked.extend(chosen.tolist())
         return normalized(images, chosen)
 
-    monkeypatch.setattr("edgexception.train.normalized", spy)
+    monkeypatch.setattr("edgexception.train.objective.normalized", spy)
+    monkeypatch.setattr("edgexception.train.classifier.normalized", spy)
     train(spec_of(epochs=2), few)
     passes = [asked[start : start + 48] for start in range(0, len(asked), 48)]
     assert len(passes) == 3, "the last one is for the BatchNorms"
@@ -263,7 +310,7 @@ def test_the_learning_rate_rises_once_and_falls_once(total: int) -> None:
 
 @given(images=st.integers(2, 3000), size=st.integers(2, 300))
 def test_no_batch_is_left_with_one_image(images: int, size: int) -> None:
-    sizes = [len(part) for part in np.array_split(np.arange(images), _batches(images, size))]
+    sizes = [len(part) for part in np.array_split(np.arange(images), batch_count(images, size))]
     assert min(sizes) >= 2
     assert max(sizes) <= max(size, 3)
     assert max(sizes) - min(sizes) <= 1
@@ -320,7 +367,7 @@ def test_a_photo_that_changes_in_between(few: ImageSet) -> None:
 
 OUT_OF_MEMORY = """
 import resource
-from test_train import *
+from test_classifier import *
 from edgexception.errors import OutOfResources
 images = open_training(DIGITS, spec_of().preprocess)
 large = Architecture(stem=(8, 8), entry=(), middle=(), exit=(8192,), tail=(8192, 8192), head=(10,))
