@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from edgexception import __version__
 from edgexception.errors import EdgexError
+from edgexception.export.widen import widened
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
@@ -53,6 +54,8 @@ def to_onnx(
     """
     if (plan is None) != (dialect is None):
         raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
+    if plan is not None and dialect is not None:
+        graph, plan = widened(graph, plan, dialect.widths)
     writer = _Writer(graph, preprocess, plan, dialect)
     outputs = writer.write()
     height, width = preprocess.input_size

@@ -1,10 +1,10 @@
 """How each runtime wants INT8 written: one plan, many dialects.
 
-| dialect     | activations            | layer outputs | bias                          |
-|-------------|------------------------|---------------|-------------------------------|
-| onnxruntime | uint8                  | quantized     | int32, scale = input x weight |
-| openvino    | any grid of the plan   | float         | float                         |
-| tensorrt    | int8 with zero point 0 | float         | float, never quantized        |
+| dialect     | activations            | layer outputs | bias                          | widths |
+|-------------|------------------------|---------------|-------------------------------|--------|
+| onnxruntime | uint8                  | quantized     | int32, scale = input x weight | 16     |
+| openvino    | any grid of the plan   | float         | float                         | 32     |
+| tensorrt    | int8 with zero point 0 | float         | float, never quantized        | any    |
 
 ONNX Runtime computes a layer in INT8 only when its output is quantized, too (QLinearConv), and
 with a ReLU in between only when that ReLU is the lower end of the grid: a uint8 grid with zero
@@ -50,19 +50,39 @@ class Dialect:
     """Activations are uint8: an int8 grid is written as the uint8 grid of the same values."""
     half: bool
     """The runtime computes float16 layers."""
+    widths: int
+    """Channels are filled up with zeros to a multiple of it (see `export.widen`)."""
 
 
 DIALECTS = {
     row.name: row
     for row in (
         Dialect(
-            "onnxruntime", 17, quantized_outputs=True, integer_bias=True, unsigned=True, half=False
+            "onnxruntime",
+            17,
+            quantized_outputs=True,
+            integer_bias=True,
+            unsigned=True,
+            half=False,
+            widths=16,
         ),
         Dialect(
-            "openvino", 17, quantized_outputs=False, integer_bias=False, unsigned=True, half=False
+            "openvino",
+            17,
+            quantized_outputs=False,
+            integer_bias=False,
+            unsigned=True,
+            half=False,
+            widths=32,
         ),
         Dialect(
-            "tensorrt", 19, quantized_outputs=False, integer_bias=False, unsigned=False, half=True
+            "tensorrt",
+            19,
+            quantized_outputs=False,
+            integer_bias=False,
+            unsigned=False,
+            half=True,
+            widths=1,
         ),
     )
 }
