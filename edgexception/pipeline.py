@@ -40,7 +40,7 @@ from edgexception.stages import (
     reference,
     verify,
 )
-from edgexception.targets import find_runtime, find_target, load_targets
+from edgexception.targets import find_dialect, find_runtime, find_target, load_targets
 from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "export", "build", "bench"]
@@ -228,11 +228,16 @@ def _quantize(state: _Run) -> None:
 
 
 def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
-    """Return 7 where `auto` meets a target that is an x86 processor without VNNI, else 8."""
+    """Return 7 where `auto` meets a runtime that saturates on this x86 processor, else 8."""
     if spec.weight_bits != "auto":
         return spec.weight_bits
-    x86 = any(find_target(target.target).arch == "x86_64" for target in recipe.targets)
-    return 7 if x86 and not machine.cpu.vnni else 8
+    saturates = any(
+        find_dialect(target.target, runtime).saturates_without_vnni
+        for target in recipe.targets
+        if find_target(target.target).arch == "x86_64"
+        for runtime in target.runtimes
+    )
+    return 7 if saturates and not machine.cpu.vnni else 8
 
 
 def _export(state: _Run) -> None:

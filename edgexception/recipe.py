@@ -168,7 +168,8 @@ class PtqSpec(Spec):
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     """The upper percentile of `ranges: percentile`; the lower one mirrors it."""
     weight_bits: Literal["auto", 7, 8] = "auto"
-    """7 avoids the int16 saturation of x86 processors without VNNI; auto asks the target."""
+    """7 avoids the int16 saturation of OpenVINO on x86 processors without VNNI; auto is 7 where a
+    target has both, else 8."""
     bias_correction: bool = True
 
 

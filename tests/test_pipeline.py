@@ -303,7 +303,7 @@ def test_a_reader_who_leaves_changes_no_exit_code(home: Path, tmp_path: Path) ->
     assert child.wait(timeout=120) == 1
 
 
-def test_seven_bits_are_for_x86_targets_without_vnni_alone(tmp_path: Path) -> None:
+def test_seven_bits_are_for_a_runtime_that_saturates_without_vnni_alone(tmp_path: Path) -> None:
     spec = PtqSpec(method="ptq")
     facts = agent_that("well()").call("probe", {}, {}, tmp_path / "answer")
     machine = ProbeRecord.model_validate(facts)
@@ -311,8 +311,11 @@ def test_seven_bits_are_for_x86_targets_without_vnni_alone(tmp_path: Path) -> No
     model = {"kind": "checkpoint", "path": "x.keras"}
     bare = Recipe.model_validate({"name": "x", "model": model})
     target = {"target": "cpu-x86", "runtimes": ["onnxruntime"]}
+    exact = Recipe.model_validate({"name": "x", "model": model, "targets": [target]})
+    target = {"target": "cpu-x86", "runtimes": ["onnxruntime", "openvino"]}
     x86 = Recipe.model_validate({"name": "x", "model": model, "targets": [target]})
     assert pipeline._weight_bits(spec, bare, machine) == 8
+    assert pipeline._weight_bits(spec, exact, machine) == 8
     assert pipeline._weight_bits(spec, x86, machine) == 7
     assert pipeline._weight_bits(PtqSpec(method="ptq", weight_bits=8), x86, machine) == 8
 

@@ -92,6 +92,7 @@ def _metadata(
     if plan is not None and dialect is not None:
         props["edgexception.dialect"] = dialect.name
         props["edgexception.quantization"] = plan.provenance.model_dump_json()
+        props["edgexception.weight_bits"] = str(max(grid.bits for grid in plan.weights.values()))
     return props
 
 

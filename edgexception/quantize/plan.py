@@ -56,10 +56,11 @@ class WeightQuant(_Data):
     def limit(self) -> int:
         """Largest |q|: 127, or 64 at 7 bits, where two products of uint8 x int8 fit 16 bits.
 
-        Without VNNI ONNX Runtime adds such pairs in 16 saturating bits. Full-size network at
-        150x150 in an emulated Haswell (qemu): with 8 bits its logits have 9.1 dB SQNR against the
-        same plan on VNNI; with 7 bits they are equal bit for bit. On VNNI 7 bits only cost (18.9
-        dB against the float network where 8 bits have 23.0).
+        Without VNNI OpenVINO adds such pairs in 16 saturating bits, and knows no other way: in an
+        emulated Haswell (qemu) the logits of the full-size network at 150x150 have 6.5 dB SQNR
+        against the same plan on VNNI with 8 bits, and are equal bit for bit with 7. Elsewhere 7
+        bits only cost (18.9 dB against the float network where 8 bits have 23.0). ONNX Runtime has
+        kernels that do not saturate (see `agent.runtimes.ort`).
         """
         return 127 if self.bits == 8 else 64
 
