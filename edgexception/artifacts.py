@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -96,30 +95,15 @@ def _canonical(value: object, where: str) -> object:
     raise EdgexError(f"{where}: {type(value).__name__} {str(value)!r} has no place in a key")
 
 
-def stage_key(stage: str, inputs: Mapping[str, object]) -> str:
-    """Return the key of a stage's result: sha256 over its name, this package's code, its inputs.
+def stage_key(stage: str, inputs: Mapping[str, object], code: str) -> str:
+    """Return the key of a stage's result: sha256 over its name, its inputs and its code.
 
     Inputs are plain data: the stage's section of the recipe, and the digests of what it reads. For
     a pydantic model take `model_dump()`, which keeps a Path a Path, so that it is refused here.
+    `code` stands for the sources that the stage can run (see `stage_code`).
     """
-    return _key(stage, code_version(), inputs)
-
-
-def _key(stage: str, code: str, inputs: object) -> str:
     text = canonical_json({"stage": stage, "code": code, "inputs": inputs})
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.cache
-def code_version() -> str:
-    """Return a sha256 over every source and data file of this package (about 10 ms, once)."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*")):
-        name = path.relative_to(package).as_posix()
-        if path.suffix != ".pyc" and path.is_file():
-            digest.update(f"{name}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -275,6 +259,7 @@ class Store:
         stage: str,
         key: str,
         inputs: Mapping[str, object],
+        code: str,
         write: Callable[[Path], None],
     ) -> Artifact:
         """Let `write` fill an empty folder, then make it the result of this stage and key.
@@ -283,8 +268,8 @@ class Store:
         `write` raises, nothing is published and the exception passes; a full disk is
         OutOfResources.
         """
-        if key != stage_key(stage, inputs):
-            raise EdgexError(f"{stage}: the key is not that of the inputs it is published with")
+        if key != stage_key(stage, inputs, code):
+            raise EdgexError(f"{stage}: the key is not that of what it is published with")
         if self._lock < 0:
             raise EdgexError(f"{self.root}: the store is closed")
         if existing := self.get(stage, key):
@@ -293,7 +278,7 @@ class Store:
         with self.scratch() as work:
             _run(write, work)
             with _disk_faults(final):
-                _seal(work, stage, key, inputs)
+                _seal(work, stage, key, inputs, code)
                 final.parent.mkdir(exist_ok=True)
                 work.rename(final)
                 _sync(final.parent)
@@ -318,7 +303,7 @@ def _run(write: Callable[[Path], None], work: Path) -> None:
             raise
 
 
-def _seal(work: Path, stage: str, key: str, inputs: Mapping[str, object]) -> None:
+def _seal(work: Path, stage: str, key: str, inputs: Mapping[str, object], code: str) -> None:
     """Make the files of a finished folder read-only and durable, then write its manifest."""
     if (work / MANIFEST).exists():
         raise EdgexError(f"{stage}: wrote {MANIFEST}, which is the store's own file")
@@ -328,7 +313,7 @@ def _seal(work: Path, stage: str, key: str, inputs: Mapping[str, object]) -> Non
         _sync(path)
         folders.update(parent for parent in path.parents if work in parent.parents)
     files = _records(work)
-    manifest = _manifest(stage, key, code_version(), inputs, files)
+    manifest = _manifest(stage, key, code, inputs, files)
     atomic_write(work / MANIFEST, manifest)
     (work / MANIFEST).chmod(0o444)
     for folder in folders:
@@ -395,7 +380,7 @@ def _read_manifest(folder: Path, stage: str, key: str) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         code, inputs, files = manifest["code"], manifest["inputs"], dict(manifest["files"])
-        whole = key == _key(stage, code, inputs)
+        whole = key == stage_key(stage, inputs, code)
         whole = whole and data == _manifest(stage, key, code, inputs, files).encode()
     except (ValueError, KeyError, TypeError, RecursionError, EdgexError) as error:
         raise _damaged(path, "is not a manifest") from error

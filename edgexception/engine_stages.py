@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.artifacts import Artifact
-from edgexception.bench.protocol import Engine, measure_latency, run_images
+from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.recipe import BenchSpec
 from edgexception.workshop import Workshop, write_json
 
@@ -21,7 +20,9 @@ def build(
     """Build one engine on the device: the engine file and `build.json`."""
 
     def write(folder: Path) -> None:
-        record = call_build(shop, exported, runtime, batch, threads, folder)
+        record = build_engine(
+            runtime, exported.file("model.onnx"), batch, threads, shop.device, folder, shop.progress
+        )
         write_json(folder / "build.json", record)
 
     inputs = {
@@ -31,15 +32,6 @@ def build(
         "machine": shop.identity(runtime),
     }
     return shop.once("build", what, inputs, write)
-
-
-def call_build(
-    shop: Workshop, exported: Artifact, runtime: str, batch: int, threads: int, out: Path
-) -> dict[str, Any]:
-    """Let the device build an engine into the folder `out`; return its build record."""
-    request = {"runtime": runtime, "model": "model.onnx", "batch": batch, "threads": threads}
-    files = {"model.onnx": exported.file("model.onnx")}
-    return shop.device.call("build", request, files, out, shop.progress)
 
 
 def evaluate(

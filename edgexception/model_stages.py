@@ -20,7 +20,7 @@ from edgexception.recipe import (
     Source,
     TrainedHereModel,
 )
-from edgexception.report.record import Network
+from edgexception.report.network import Network
 from edgexception.workshop import Workshop, versions
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from edgexception.recipe import (
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, report_of
-from edgexception.report.record import Network, Report, StageLine
+from edgexception.report.network import Network
+from edgexception.report.record import Report, StageLine
 from edgexception.report.render import to_markdown
 from edgexception.sources import list_source
 from edgexception.stages import (

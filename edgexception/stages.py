@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.artifacts import Artifact
-from edgexception.bench.protocol import Engine, run_images
+from edgexception.bench.protocol import Engine, build_engine, run_images
 from edgexception.calibration import write_calibration_manifest
 from edgexception.device import Progress
-from edgexception.engine_stages import call_build
 from edgexception.errors import BadArtifact
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import load_model
@@ -247,6 +246,7 @@ def _executed(
     shop: Workshop, exported: Artifact, images: Path, runtime: str, batch: int, work: Path
 ) -> NDArray[np.float32]:
     threads = shop.machine.cpu.usable_cores
-    record = call_build(shop, exported, runtime, batch, threads, work / "engine")
-    engine = Engine("parity", runtime, work / "engine" / record["engine"], batch, threads)
+    model, built = exported.file("model.onnx"), work / "engine"
+    record = build_engine(runtime, model, batch, threads, shop.device, built, shop.progress)
+    engine = Engine("parity", runtime, built / record["engine"], batch, threads)
     return run_images(engine, images, shop.device, work / "run", shop.progress)

@@ -14,6 +14,7 @@ from edgexception.artifacts import Artifact, Store, stage_key
 from edgexception.device import Device, ProbeRecord, Progress
 from edgexception.errors import NotPossibleHere
 from edgexception.report.record import StageLine
+from edgexception.stage_code import stage_code
 
 
 @dataclass
@@ -37,14 +38,15 @@ class Workshop:
         write: Callable[[Path], None],
     ) -> Artifact:
         """Return the stage's artifact for these inputs, and make it first if it is not there."""
-        key = stage_key(stage, inputs)
+        code = stage_code(write)
+        key = stage_key(stage, inputs, code)
         start = time.monotonic()
         artifact = self.store.get(stage, key)
         reused = artifact is not None
         if artifact is None:
             self.progress(Progress(f"{stage} {what}", 0, 1, None))
             self.unfinished = self.store.unfinished(stage, key)
-            artifact = self.store.publish(stage, key, inputs, write)
+            artifact = self.store.publish(stage, key, inputs, code, write)
         seconds = round(time.monotonic() - start, 3)
         line = StageLine(stage=stage, what=what, key=key, reused=reused, seconds=seconds)
         self.done.append(line)

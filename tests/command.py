@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,17 +13,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from edgexception.artifacts import code_version
 from edgexception.cli import app
+from edgexception.stage_code import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The sources may be edited while the tests run; a run must then not find another code version.
+# The sources may be edited while the tests run; a run must then not find other code.
 _START = """
-import sys
-from edgexception import artifacts
-code = sys.argv.pop(1)
-artifacts.code_version = lambda: code
+import json, sys
+from edgexception import stage_code
+frozen = {name: stage_code.Module(*row) for name, row in json.loads(sys.argv.pop(1)).items()}
+stage_code.sources = lambda: frozen
 from edgexception.cli import main
 sys.argv[0] = "edgex"
 main()
@@ -51,7 +52,7 @@ def edgex(*arguments: object) -> Result:
 
 def edgex_argv(*arguments: object) -> list[str]:
     """Return the command line that runs the command from the sources as they were imported here."""
-    return [sys.executable, "-c", _START, code_version(), *map(str, arguments)]
+    return [sys.executable, "-c", _START, json.dumps(sources()), *map(str, arguments)]
 
 
 def edgex_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:

@@ -6,6 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from traced_stages import watch_stages
+
+watch_stages()
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that; the tests
 # of Ctrl-C are about processes that hear it.

@@ -20,7 +20,6 @@ from edgexception.artifacts import (
     Store,
     atomic_write,
     canonical_json,
-    code_version,
     sha256_file,
     stage_key,
 )
@@ -66,8 +65,8 @@ def fill(folder: Path, tree: Tree) -> None:
 
 def publish(store: Store, tree: Tree, inputs: Mapping[str, object] | None = None) -> Artifact:
     inputs = inputs or {"seed": 1}
-    key = stage_key("stage", inputs)
-    return store.publish("stage", key, inputs, lambda folder: fill(folder, tree))
+    key = stage_key("stage", inputs, "code")
+    return store.publish("stage", key, inputs, "code", lambda folder: fill(folder, tree))
 
 
 # --- keys
@@ -112,29 +111,16 @@ def test_what_has_no_place_in_a_key(value: object, word: str) -> None:
         canonical_json(value)
 
 
-def test_a_key_depends_on_stage_inputs_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = stage_key("quantize", {"a": 1})
+def test_a_key_depends_on_stage_inputs_and_code() -> None:
+    key = stage_key("quantize", {"a": 1}, "code")
     assert len(key) == 64
-    assert key == stage_key("quantize", {"a": 1.0})
-    others = {stage_key("export", {"a": 1}), stage_key("quantize", {"a": 2})}
-    monkeypatch.setattr("edgexception.artifacts.code_version", lambda: "other code")
-    others.add(stage_key("quantize", {"a": 1}))
+    assert key == stage_key("quantize", {"a": 1.0}, "code")
+    others = {
+        stage_key("export", {"a": 1}, "code"),
+        stage_key("quantize", {"a": 2}, "code"),
+        stage_key("quantize", {"a": 1}, "other code"),
+    }
     assert len(others | {key}) == 4
-
-
-def test_code_version_sees_every_source_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "package"
-    fill(package, {"artifacts.py": b"a", "targets.yaml": b"b", "model/x.py": b"c"})
-    monkeypatch.setattr("edgexception.artifacts.__file__", str(package / "artifacts.py"))
-    versions = [code_version.__wrapped__()]
-    fill(package, {"__pycache__/a.cpython-311.pyc": b"compiled"})
-    assert code_version.__wrapped__() == versions[0]
-    for tree in ({"model/x.py": b"d"}, {"targets.yaml": b"c"}, {"model/y.py": b""}):
-        fill(package, tree)
-        versions.append(code_version.__wrapped__())
-    assert len(set(versions)) == 4
 
 
 # --- what comes back
@@ -162,14 +148,14 @@ def test_the_digest_depends_on_the_files_alone(store: Store) -> None:
 
 def test_nothing_is_published_twice(store: Store) -> None:
     inputs = {"seed": 1}
-    key = stage_key("stage", inputs)
+    key = stage_key("stage", inputs, "code")
     assert store.get("stage", key) is None
     first = publish(store, {"a": b"1"}, inputs)
 
     def never(folder: Path) -> None:
         raise AssertionError(folder)
 
-    assert store.publish("stage", key, inputs, never) == first
+    assert store.publish("stage", key, inputs, "code", never) == first
 
 
 def test_files_are_read_only_and_folders_can_be_removed(store: Store) -> None:
@@ -190,15 +176,15 @@ def test_a_writer_that_fails_publishes_nothing(store: Store) -> None:
         fill(folder, {"a": b"1"})
         raise KeyboardInterrupt
 
-    key = stage_key("stage", {"seed": 1})
+    key = stage_key("stage", {"seed": 1}, "code")
     with pytest.raises(KeyboardInterrupt):
-        store.publish("stage", key, {"seed": 1}, write)
+        store.publish("stage", key, {"seed": 1}, "code", write)
     assert store.get("stage", key) is None
     assert not any((store.root / ".partial").iterdir())
 
 
 def test_a_writer_cannot_publish_links_or_a_manifest(store: Store, tmp_path: Path) -> None:
-    key = stage_key("stage", {"seed": 1})
+    key = stage_key("stage", {"seed": 1}, "code")
     (tmp_path / "secret").write_text("x")
     for write, word in (
         (lambda folder: (folder / "a").symlink_to(tmp_path / "secret"), "link or device"),
@@ -206,13 +192,13 @@ def test_a_writer_cannot_publish_links_or_a_manifest(store: Store, tmp_path: Pat
         (lambda folder: fill(folder, {"manifest.json": b"{}"}), "store's own file"),
     ):
         with pytest.raises(EdgexError, match=word):
-            store.publish("stage", key, {"seed": 1}, write)
+            store.publish("stage", key, {"seed": 1}, "code", write)
         assert store.get("stage", key) is None
 
 
 def test_misuse_is_our_bug(store: Store) -> None:
-    with pytest.raises(EdgexError, match="not that of the inputs"):
-        store.publish("stage", "0" * 64, {}, lambda _: None)
+    with pytest.raises(EdgexError, match="not that of what it is"):
+        store.publish("stage", "0" * 64, {}, "code", lambda _: None)
     for stage, key in (("../x", "0" * 64), ("stage", "../x"), ("stage", "0" * 63)):
         with pytest.raises(EdgexError, match="not a stage name and a sha256"):
             store.get(stage, key)
@@ -233,7 +219,7 @@ def refused(store: Store, artifact: Artifact) -> str:
     assert f"remove the folder {artifact.folder} to rebuild it" in message
     # Damage is not silently built over either.
     with pytest.raises(BadArtifact):
-        store.publish("stage", artifact.key, {"seed": 1}, lambda _: None)
+        store.publish("stage", artifact.key, {"seed": 1}, "code", lambda _: None)
     return message
 
 
@@ -334,7 +320,7 @@ def test_sha256_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
 
 
 def test_what_is_unfinished_outlives_the_process_and_goes_with_the_result(tmp_path: Path) -> None:
-    keys = [stage_key("stage", {"seed": seed}) for seed in (1, 2)]
+    keys = [stage_key("stage", {"seed": seed}, "code") for seed in (1, 2)]
     with Store(tmp_path / "store") as store:
         place = store.unfinished("stage", keys[0])
         assert not place.exists()
@@ -350,7 +336,7 @@ def test_what_is_unfinished_outlives_the_process_and_goes_with_the_result(tmp_pa
 
 
 def test_of_one_stage_one_unfinished_result_is_kept(store: Store) -> None:
-    first, second = (stage_key("stage", {"seed": seed}) for seed in (1, 2))
+    first, second = (stage_key("stage", {"seed": seed}, "code") for seed in (1, 2))
     fill(store.unfinished("stage", first), {"state": b""})
     assert not store.unfinished("stage", second).exists()
     assert not store.unfinished("stage", first).exists()

@@ -14,17 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from edgexception.artifacts import Store, atomic_write, code_version, stage_key
+from edgexception.artifacts import Store, atomic_write, stage_key
 from edgexception.errors import OutOfResources, UsageError
 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from edgexception import artifacts
 from edgexception.artifacts import Store, stage_key
 
-# The parent's, so that a source file that is edited while the tests run changes no key.
-artifacts.code_version = lambda: sys.argv[5]
 root, start, last, kill_at = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 
 def write(seed):
@@ -48,12 +45,12 @@ with Store(root) as store:
     print("ready", flush=True)
     for seed in range(start, last):
         inputs = {"seed": seed}
-        store.publish("stage", stage_key("stage", inputs), inputs, write(seed))
+        store.publish("stage", stage_key("stage", inputs, "code"), inputs, "code", write(seed))
 """
 
 
 def child(root: Path, start: int, last: int, kill_at: int = 0) -> subprocess.Popen[str]:
-    arguments = [str(root), str(start), str(last), str(kill_at), code_version()]
+    arguments = [str(root), str(start), str(last), str(kill_at)]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments],
         stdout=subprocess.PIPE,
@@ -76,7 +73,7 @@ def visible(root: Path) -> set[str]:
 
 
 def test_killed_at_every_step_it_leaves_all_or_nothing(tmp_path: Path) -> None:
-    key = stage_key("stage", {"seed": 0})
+    key = stage_key("stage", {"seed": 0}, "code")
     outcomes = []
     for step in range(1, 100):
         root = tmp_path / str(step)
@@ -90,7 +87,7 @@ def test_killed_at_every_step_it_leaves_all_or_nothing(tmp_path: Path) -> None:
         outcomes.append(bool(keys))
         # The next run ends with the same result, whatever was left.
         with Store(root) as store:
-            store.publish("stage", key, {"seed": 0}, lambda folder: _write(folder, seed=0))
+            store.publish("stage", key, {"seed": 0}, "code", lambda folder: _write(folder, seed=0))
         assert visible(root) == {key}
     else:
         pytest.fail("the child never survived")
@@ -171,16 +168,20 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_out_of_resources_and_leaves_nothing(tiny_disk: Path) -> None:
     inputs = {"seed": 1}
-    key = stage_key("stage", inputs)
+    key = stage_key("stage", inputs, "code")
     with Store(tiny_disk / "store") as store:
         with pytest.raises(OutOfResources, match="No space left") as error:
-            store.publish("stage", key, inputs, lambda folder: _big(folder / "weights", 1 << 20))
+            store.publish(
+                "stage", key, inputs, "code", lambda folder: _big(folder / "weights", 1 << 20)
+            )
         assert str(tiny_disk) in str(error.value)
         with pytest.raises(OutOfResources, match=r"report.md"):
             atomic_write(tiny_disk / "report.md", b"x" * (1 << 20))
         assert store.get("stage", key) is None
         # What was half-written was removed, so that what fits can be published now.
-        store.publish("stage", key, inputs, lambda folder: _big(folder / "weights", 1 << 12))
+        store.publish(
+            "stage", key, inputs, "code", lambda folder: _big(folder / "weights", 1 << 12)
+        )
     assert not (tiny_disk / "report.md").exists()
 
 
@@ -196,7 +197,11 @@ def test_a_file_size_limit_is_out_of_resources(tmp_path: Path) -> None:
         try:
             with pytest.raises(OutOfResources, match="too large"):
                 store.publish(
-                    "stage", stage_key("stage", inputs), inputs, lambda f: _big(f / "w", 1 << 20)
+                    "stage",
+                    stage_key("stage", inputs, "code"),
+                    inputs,
+                    "code",
+                    lambda f: _big(f / "w", 1 << 20),
                 )
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -208,7 +213,7 @@ def test_an_error_of_the_writer_itself_passes_unchanged(tmp_path: Path) -> None:
         (folder / "absent").read_bytes()
 
     with Store(tmp_path) as store, pytest.raises(FileNotFoundError):
-        store.publish("stage", stage_key("stage", {}), {}, write)
+        store.publish("stage", stage_key("stage", {}, "code"), {}, "code", write)
 
 
 # --- places that cannot be used

@@ -31,6 +31,20 @@ class Engine:
     threads: int
 
 
+def build_engine(
+    runtime: str,
+    model: Path,
+    batch: int,
+    threads: int,
+    device: Device,
+    out: Path,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Let the device build an engine of an ONNX file in the folder `out`; return its record."""
+    request = {"runtime": runtime, "model": "model.onnx", "batch": batch, "threads": threads}
+    return device.call("build", request, {"model.onnx": model}, out, progress)
+
+
 def measure_latency(
     engines: Sequence[Engine],
     spec: BenchSpec,

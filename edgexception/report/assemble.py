@@ -21,6 +21,7 @@ from edgexception.device import BuildRecord, ProbeRecord
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe
 from edgexception.report.gates import judge
+from edgexception.report.network import Network
 from edgexception.report.record import (
     BadImageLine,
     Calibration,
@@ -28,7 +29,6 @@ from edgexception.report.record import (
     Fidelity,
     Latency,
     Machine,
-    Network,
     Parity,
     Report,
     Row,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from edgexception.preprocess import Preprocess
+from edgexception.report.network import Network
 
 
 class Record(BaseModel):
@@ -163,18 +163,6 @@ class Machine(Record):
     cores: int
     vnni: bool
     memory_bytes: int | None
-
-
-class Network(Record):
-    """The network as it was imported or trained; `model.json` of its stage."""
-
-    source: dict[str, str]
-    classes: tuple[str, ...] | None
-    preprocess: Preprocess
-    outputs: int
-    parameters: int
-    macs: int
-    """Multiply-accumulates for one image."""
 
 
 class Report(Record):
