@@ -16,7 +16,7 @@ from edgexception.errors import BadArtifact
 from edgexception.model.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
 from edgexception.model_stages import import_model
 from edgexception.recipe import DigitsSource, EvaluationSpec, FineTunedModel
-from edgexception.report.record import Network
+from edgexception.report.network import Network
 from edgexception.train.state import Keeper
 from edgexception.workshop import Workshop
 
