@@ -65,8 +65,24 @@ class DigitsSource(Spec):
     split: Literal["train", "calibration", "test"]
 
 
+class IdxSource(Spec):
+    """Gray images of one size in an IDX file, as MNIST and Fashion-MNIST come; .gz or plain."""
+
+    kind: Literal["idx"]
+    images: Path
+    labels: Path | None = None
+    """The IDX file of their labels: numbers that count the class names from 0."""
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=256)] | None = None
+    """Class names in the order of the label numbers; together with `labels`."""
+    first: Annotated[int, Field(ge=0, lt=1_000_000)] = 0
+    """The first image to take, counted from 0."""
+    count: Count | None = None
+    """How many images to take from there; None is all that follow."""
+
+
 Source = Annotated[
-    FolderSource | ManifestSource | PhotosSource | DigitsSource, Field(discriminator="kind")
+    FolderSource | ManifestSource | PhotosSource | DigitsSource | IdxSource,
+    Field(discriminator="kind"),
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from edgexception.errors import UsageError
 from edgexception.recipe import (
     CheckpointModel,
+    IdxSource,
     PhotosSource,
     Recipe,
     Source,
@@ -113,6 +114,24 @@ def _labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
             (*path, "kind"),
             f"photos have no labels, which {purpose} needs; use a folder or manifest source",
         )
+    elif isinstance(source, IdxSource) and source.labels is None:
+        yield Fault(path, f"has no labels, which {purpose} needs; add `labels` and `classes`")
+
+
+def _idx_labels_are_named(recipe: Recipe) -> Iterator[Fault]:
+    places: tuple[tuple[KeyPath, object], ...] = (
+        (("model", "source"), recipe.model),
+        (("calibration", "source"), recipe.calibration),
+        (("evaluation", "source"), recipe.evaluation),
+    )
+    for path, section in places:
+        source = getattr(section, "source", None)
+        if not isinstance(source, IdxSource):
+            continue
+        if (source.labels is None) != (source.classes is None):
+            has, lacks = ("labels", "classes") if source.labels else ("classes", "labels")
+            yield Fault(path, f"has `{has}` without `{lacks}`; write both or neither")
+        yield from _distinct(source.classes or (), (*path, "classes"), "class")
 
 
 def _distinct(values: Sequence[Hashable], path: KeyPath, what: str) -> Iterator[Fault]:
@@ -244,11 +263,11 @@ def _gates_are_measured(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _gate_has_labels(source: Source, path: KeyPath) -> Iterator[Fault]:
-    if isinstance(source, PhotosSource):
+    if isinstance(source, PhotosSource) or (isinstance(source, IdxSource) and not source.labels):
         yield Fault(
             path,
-            "photos have no labels, so there is no accuracy; evaluate on a folder or manifest "
-            "source or remove this gate",
+            "photos have no labels, so there is no accuracy; evaluate on labelled ones (a folder, "
+            "a manifest) or remove this gate",
         )
 
 
@@ -270,6 +289,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize", _percentile_is_used),
     ("model", _training_fits),
     ("model", _crop_is_used),
+    ("model calibration evaluation", _idx_labels_are_named),
     ("model calibration evaluation", _evaluation_is_unseen),
     ("targets", _lists_are_distinct),
     ("bench", _batch_sizes_are_distinct),

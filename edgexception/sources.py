@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgexception.errors import BadArtifact, NotPossibleHere, UsageError
-from edgexception.recipe import DigitsSource, FolderSource, ManifestSource, PhotosSource, Source
+from edgexception.idx_file import read_idx
+from edgexception.recipe import (
+    DigitsSource,
+    FolderSource,
+    IdxSource,
+    ManifestSource,
+    PhotosSource,
+    Source,
+)
 
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_PHOTOS = 1_000_000
@@ -62,6 +70,8 @@ def list_source(source: Source) -> Listing:
         listing = _list_manifest(source.path)
     elif isinstance(source, PhotosSource):
         listing = _list_photos(source.path)
+    elif isinstance(source, IdxSource):
+        listing = _list_idx(source)
     else:
         listing = _list_digits(source)
     if not listing.entries:
@@ -342,3 +352,43 @@ def _list_digits(source: DigitsSource) -> Listing:
         name = f"digits/{index:04d}"
         entries.append(Entry(name, pixels[index], str(digits.target[index]), name))
     return Listing(f"digits ({source.split})", tuple(entries), tuple("0123456789"))
+
+
+# --- IDX files ----------------------------------------------------------------------------------
+
+
+def _list_idx(source: IdxSource) -> Listing:
+    """List a range of an IDX file; an image is named by its number in the file, from 0."""
+    images = read_idx(source.images, 3)
+    labels, classes = None, source.classes or ()
+    if source.labels is not None:
+        labels = read_idx(source.labels, 1)
+        if len(labels) != len(images):
+            raise BadArtifact(
+                f"{source.labels}: has {len(labels)} labels, and {source.images} {len(images)} "
+                "images. Name two files that belong together"
+            )
+        wrong = np.flatnonzero(labels >= len(classes))
+        if len(wrong):
+            raise BadArtifact(
+                f"{source.labels}: label {wrong[0]} is {labels[wrong[0]]} (and {len(wrong) - 1} "
+                f"more), and the {len(classes)} classes count from 0. Correct `classes`"
+            )
+    last = len(images) if source.count is None else source.first + source.count
+    if source.first >= len(images) or last > len(images):
+        raise UsageError(
+            f"{source.images}: has {len(images)} images, and the recipe takes {source.first} to "
+            f"{max(last - 1, source.first)}, counted from 0. Correct `first` and `count`"
+        )
+    digits = len(str(len(images) - 1))
+    entries = []
+    for index in range(source.first, last):
+        name = f"{source.images.name}/{index:0{digits}d}"
+        label = None if labels is None else classes[labels[index]]
+        where = name if labels is None else f"{source.labels}: label {index}"
+        entries.append(Entry(name, images[index], label, where))
+    return Listing(
+        f"{source.images}, {source.first} to {last - 1}",
+        tuple(entries),
+        None if labels is None else classes,
+    )

@@ -12,6 +12,7 @@ from hostile_data import encoded, hostile_images, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_idx_file import idx
 
 from edgexception.data import open_calibration, open_evaluation, open_training, refuse_leak
 from edgexception.errors import BadArtifact, EdgexError, OutOfResources, UsageError
@@ -22,6 +23,7 @@ from edgexception.recipe import (
     DigitsSource,
     EvaluationSpec,
     FolderSource,
+    IdxSource,
     ManifestSource,
     PhotosSource,
 )
@@ -347,6 +349,23 @@ def test_a_training_photo_in_the_evaluation_is_refused(tmp_path):
     shutil.copy(tmp_path / "train" / "cup" / "001.png", tmp_path / "test" / "cup" / "new.png")
     with pytest.raises(BadArtifact, match=r"1 training photos .*cup/001\.png is .*cup/new\.png"):
         refuse_leak(training, evaluate(held_out)[0], "training")
+
+
+def test_ranges_of_one_idx_file_that_overlap_are_a_leak(tmp_path):
+    images = np.random.default_rng(3).integers(0, 256, (20, 9, 9), dtype=np.uint8)
+    (tmp_path / "i").write_bytes(idx(images))
+    (tmp_path / "l").write_bytes(idx(np.arange(20) % 2))
+    files = {"images": tmp_path / "i", "labels": tmp_path / "l", "classes": ("a", "b")}
+    held_out = IdxSource(kind="idx", first=12, **files)
+    evaluation = evaluate(held_out)[0]
+    assert evaluation.labels.tolist() == [0, 1] * 4
+    np.testing.assert_array_equal(
+        pixels(evaluation)[1], to_input(Image.fromarray(images[13]).convert("RGB"), SPEC)
+    )
+    seen = calibrate(IdxSource(kind="idx", count=12, **files), 12, evaluation=evaluation)
+    assert len(seen) == 12
+    with pytest.raises(BadArtifact, match=r"1 calibration photos .* i/12 is i/12"):
+        calibrate(IdxSource(kind="idx", count=13, **files), 13, evaluation=evaluation)
 
 
 def test_digits_come_through_the_same_transform():

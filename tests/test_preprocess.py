@@ -57,6 +57,14 @@ def test_stretch_is_keras_load_img_on_jpeg(load_img, mode):
     np.testing.assert_array_equal(ours, np.asarray(keras))
 
 
+@pytest.mark.parametrize("resize", ["stretch", "shortest-side"])
+@pytest.mark.parametrize("interpolation", sorted(FILTERS))
+def test_gray_pixels_become_what_their_rgb_becomes(resize, interpolation):
+    gray = picture(5, 33, 41).convert("L")
+    spec = Preprocess(input_size=(64, 70), resize=resize, interpolation=interpolation)
+    np.testing.assert_array_equal(to_input(gray, spec), to_input(gray.convert("RGB"), spec))
+
+
 def test_keras_and_we_ignore_the_orientation(load_img):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to view

@@ -86,6 +86,30 @@ model:
     assert leak.startswith("4: model.source: is the evaluation's source")
 
 
+def test_idx_labels_come_with_names(tmp_path: Path) -> None:
+    def idx(fields: str) -> str:
+        return edited("{kind: folder, path: photos/test}", f"{{kind: idx, images: i, {fields}}}")
+
+    (line,) = faults(tmp_path, idx("labels: l"))
+    assert line.startswith("10: evaluation.source: has `labels` without `classes`")
+    lines = faults(tmp_path, idx("classes: [a, a]"))
+    assert lines[0].startswith("10: evaluation.source: has `classes` without `labels`")
+    assert lines[1].startswith("10: evaluation.source.classes[1]: the class a is listed twice")
+    (line,) = faults(tmp_path, idx("first: 1"))
+    assert "gates.top1_drop_max: photos have no labels" in line
+    load_recipe(write(tmp_path, idx("labels: l, classes: [a, b]")))
+    text = """\
+name: a
+model:
+  kind: train
+  source: {kind: idx, images: i}
+  preprocess: {input_size: [32, 32]}
+  architecture: {head: [2]}
+"""
+    (line,) = faults(tmp_path, text)
+    assert line.startswith("4: model.source: has no labels, which training needs")
+
+
 def test_rules_between_valid_sections_are_checked_beside_a_broken_one(tmp_path: Path) -> None:
     text = edited("name: shoes", "name: Shoes").replace('"no"', "3").replace("[1, 8]", "[1, 1]")
     text = text.replace("[onnxruntime, openvino]", "[onnxruntim]")

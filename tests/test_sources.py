@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
@@ -11,9 +12,10 @@ import pytest
 from hostile_data import encoded, hostile_manifests, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_idx_file import idx
 
 from edgexception.errors import BadArtifact, EdgexError, NotPossibleHere, UsageError
-from edgexception.recipe import DigitsSource, FolderSource, ManifestSource, PhotosSource
+from edgexception.recipe import DigitsSource, FolderSource, IdxSource, ManifestSource, PhotosSource
 from edgexception.sources import list_source, relative_name
 
 
@@ -229,3 +231,53 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(NotPossibleHere, match="pip install scikit-learn"):
         list_source(DigitsSource(kind="digits", split="test"))
+
+
+# --- IDX files
+
+
+CLASSES = ("a", "b", "c")
+
+
+def idx_files(folder, count=12, labels=None):
+    """Write images whose every pixel tells their number, and labels that cycle."""
+    images = np.repeat(np.arange(count, dtype=np.uint8), 6).reshape(count, 2, 3)
+    labels = np.arange(count) % 3 if labels is None else np.array(labels)
+    (folder / "i.gz").write_bytes(gzip.compress(idx(images)))
+    (folder / "l").write_bytes(idx(labels))
+    return {"images": folder / "i.gz", "labels": folder / "l", "classes": CLASSES}
+
+
+def of_idx(**fields):
+    return list_source(IdxSource(kind="idx", **fields))
+
+
+def test_idx_images_are_named_by_their_number_in_the_file(tmp_path):
+    listing = of_idx(**idx_files(tmp_path), first=9, count=2)
+    assert listing.classes == CLASSES
+    assert [(e.name, e.label) for e in listing.entries] == [("i.gz/09", "a"), ("i.gz/10", "b")]
+    assert [int(e.photo[0, 0]) for e in listing.entries] == [9, 10]
+    assert listing.entries[0].photo.shape == (2, 3)
+    assert listing.entries[1].where == f"{tmp_path / 'l'}: label 10"
+
+
+def test_idx_images_without_labels_have_none(tmp_path):
+    listing = of_idx(images=idx_files(tmp_path)["images"])
+    assert listing.classes is None
+    assert {e.label for e in listing.entries} == {None}
+    assert len(listing.entries) == 12
+
+
+def test_idx_files_that_do_not_belong_together(tmp_path):
+    files = idx_files(tmp_path, labels=range(11))
+    with pytest.raises(BadArtifact, match=r"11 labels, and .*i\.gz 12 images"):
+        of_idx(**files)
+    files = idx_files(tmp_path, labels=[0, 1, 2, 3] * 3)
+    with pytest.raises(BadArtifact, match=r"label 3 is 3 \(and 2 more\), and the 3 classes"):
+        of_idx(**files)
+
+
+@pytest.mark.parametrize("wanted", [{"first": 12}, {"count": 13}, {"first": 10, "count": 3}])
+def test_an_idx_range_outside_of_the_file_is_refused(tmp_path, wanted):
+    with pytest.raises(UsageError, match="has 12 images, and the recipe takes"):
+        of_idx(**idx_files(tmp_path), **wanted)
