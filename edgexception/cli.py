@@ -65,7 +65,9 @@ _EXPORT: dict[str, Any] = _QUANTIZE | {
 }
 _ENGINE: dict[str, Any] = _QUANTIZE | {
     "target": _option(str | None, "A device of `edgex targets`."),
-    "runtime": _option(list[str], "A runtime of the target; may be repeated. Default: all."),
+    "runtime": _option(
+        list[str], "A runtime of the target; may be repeated. Default: auto, all of them."
+    ),
     "precision": _option(list[str], "fp32 or int8; may be repeated. Default: what can be had."),
     "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
     "threads": _option(int | None, "Threads of the runtime. Default: one a core."),

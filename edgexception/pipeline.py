@@ -165,7 +165,7 @@ def _places(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
     for spec in recipe.targets:
         _check_target(spec, machine)
         threads = spec.threads or machine.cpu.usable_cores
-        for runtime in spec.runtimes:
+        for runtime in spec.runtime_names:
             dialect = find_runtime(spec.target, runtime).dialect
             for precision in spec.precisions:
                 for batch in batches:
@@ -179,13 +179,13 @@ def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
             f"target {spec.target} is {target.arch}, and this machine is {machine.arch}: run the "
             "recipe on such a machine"
         )
-    for runtime in spec.runtimes:
+    for runtime in spec.runtime_names:
         facts = machine.runtimes.get(runtime)
         if facts is None or facts.missing is not None:
             reason = facts.missing if facts else "this version has no adapter for it"
             raise NotPossibleHere(
                 f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. "
-                f"Install it with `pip install 'edgexception[{runtime}]'`, or take it out"
+                f"Install it with `pip install 'edgexception[{runtime}]'`, or list the others alone"
             )
 
 
@@ -236,7 +236,7 @@ def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
         find_dialect(target.target, runtime).saturates_without_vnni
         for target in recipe.targets
         if find_target(target.target).arch == "x86_64"
-        for runtime in target.runtimes
+        for runtime in target.runtime_names
     )
     return 7 if saturates and not machine.cpu.vnni else 8
 
@@ -401,10 +401,14 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
         f"onnx/{form}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")
         for (form, runtime), artifact in state.parity.items()
     }
-    for place, built in state.engines.items():
+    for place, row in zip(state.places, report.rows, strict=True):
+        if place not in state.engines:
+            continue
+        built = state.engines[place]
         engine = _engine(place, built)
-        links[f"engines/{place.key}{engine.path.suffix}"] = engine.path
-        links[f"engines/{place.key}.build.json"] = built.file("build.json")
+        for name in (place.key, place.fastest_key) if row.fastest else (place.key,):
+            links[f"engines/{name}{engine.path.suffix}"] = engine.path
+            links[f"engines/{name}.build.json"] = built.file("build.json")
     texts = {
         "recipe.yaml": dump_recipe(state.recipe),
         "report.json": report.model_dump_json(indent=1) + "\n",

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgexception.architecture import Architecture
 from edgexception.preprocess import Preprocess, PreprocessChanges
-from edgexception.targets import Activations, Precision
+from edgexception.targets import Activations, Precision, find_target
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
@@ -23,6 +23,10 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+AUTO = ("auto",)
+"""Runtimes of a target that are not named: all of them."""
 
 
 class Spec(BaseModel):
@@ -203,9 +207,15 @@ class TargetSpec(Spec):
 
     target: str
     runtimes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """[auto] is every runtime of the target: the report and the output folder name the fastest."""
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the runtime; None is one per physical core the process may use."""
+
+    @property
+    def runtime_names(self) -> tuple[str, ...]:
+        """The runtimes by name. Raises UsageError where they are [auto] of an unknown target."""
+        return tuple(find_target(self.target).runtimes) if self.runtimes == AUTO else self.runtimes
 
 
 class BenchSpec(Spec):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from edgexception.errors import UsageError
 from edgexception.recipe import (
+    AUTO,
     CheckpointModel,
     IdxSource,
     PhotosSource,
@@ -15,7 +16,14 @@ from edgexception.recipe import (
     TrainedHereModel,
 )
 from edgexception.strict_yaml import Fault, KeyPath
-from edgexception.targets import Dialect, find_dialect, find_runtime, find_target, load_dialects
+from edgexception.targets import (
+    Dialect,
+    find_dialect,
+    find_runtime,
+    find_target,
+    load_dialects,
+    load_targets,
+)
 from edgexception.typed_yaml import field_name
 
 Rule = Callable[[Recipe], Iterator[Fault]]
@@ -173,7 +181,11 @@ def _targets_exist(recipe: Recipe) -> Iterator[Fault]:
         except UsageError as error:
             yield Fault((*path, "target"), str(error))
             continue
-        for position, runtime in enumerate(spec.runtimes):
+        for position, runtime in _runtimes(spec):
+            if runtime == "auto":
+                text = "auto is every runtime of the target; leave out the others, or it"
+                yield Fault((*path, "runtimes", position), text)
+                continue
             try:
                 row = find_runtime(spec.target, runtime)
             except UsageError as error:
@@ -185,6 +197,14 @@ def _targets_exist(recipe: Recipe) -> Iterator[Fault]:
                     f"{runtime} on {spec.target} does not build {precision}; "
                     f"it builds: {', '.join(row.precisions)}",
                 )
+
+
+def _runtimes(spec: TargetSpec) -> Iterator[tuple[int, str]]:
+    """Yield each runtime with the place of the entry that asks for it."""
+    if spec.runtimes != AUTO:
+        yield from enumerate(spec.runtimes)
+    elif spec.target in load_targets():
+        yield from ((0, runtime) for runtime in spec.runtime_names)
 
 
 def _int8_is_quantized(recipe: Recipe) -> Iterator[Fault]:
@@ -202,7 +222,7 @@ def _dialects_can_say_the_plan(recipe: Recipe) -> Iterator[Fault]:
     if recipe.quantize is None:
         return
     for index, spec in enumerate(recipe.targets):
-        for position, runtime in enumerate(spec.runtimes):
+        for position, runtime in _runtimes(spec):
             try:
                 dialect = find_dialect(spec.target, runtime)
             except UsageError:

@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgexception.errors import UsageError
-from edgexception.recipe import Recipe
+from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
-from edgexception.targets import find_target
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -143,7 +142,7 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
             _set(
                 {
                     "target": flags.target,
-                    "runtimes": flags.runtime or tuple(find_target(flags.target).runtimes),
+                    "runtimes": flags.runtime or AUTO,
                     "precisions": precisions,
                     "threads": flags.threads,
                 }

@@ -91,6 +91,8 @@ def test_every_stage_runs_once_and_all_of_it_is_in_the_report(home: Path) -> Non
 
 def test_every_link_leads_to_its_file_and_nothing_else_is_left(home: Path) -> None:
     out = home / "out"
+    winners = [row for row in report_in(out).rows if row.fastest]
+    assert sorted(row.precision for row in winners) == ["fp32", "int8"]
     links = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink()}
     key = "cpu-x86-{}-{}-b1".format
     engines = [("onnxruntime", "onnx"), ("openvino", "blob")]
@@ -102,6 +104,8 @@ def test_every_link_leads_to_its_file_and_nothing_else_is_left(home: Path) -> No
         *(f"engines/{key(runtime, precision)}.{suffix}"
           for runtime, kind in engines for precision in ("fp32", "int8")
           for suffix in (kind, "build.json")),
+        *(f"engines/{key('fastest', row.precision)}.{suffix}"
+          for row in winners for suffix in (dict(engines)[row.runtime], "build.json")),
     }  # fmt: skip
     for name in links:
         assert (out / name).resolve(strict=True).is_relative_to(out / "store")

@@ -30,6 +30,10 @@ from edgexception.recipe_file import load_recipe
         ("    runtimes: [onnxruntime, openvino]",
          "    runtimes: [openvino]\n    precisions: [fp32, fp32, int8]", 15,
          "targets[0].precisions[1]", "listed twice"),
+        ("    runtimes: [onnxruntime, openvino]", "    runtimes: [openvino, auto]", 14,
+         "targets[0].runtimes[1]", "auto is every runtime"),
+        ("  - target: cpu-x86\n    runtimes: [onnxruntime, openvino]",
+         "  - target: cpux86\n    runtimes: [auto]", 13, "targets[0].target", "did you mean"),
         ("target: cpu-x86", "target: cpux86", 13, "targets[0].target", "did you mean cpu-x86?"),
         ("bench:", "  - {target: cpu-x86, runtimes: [openvino]}\nbench:", 15,
          "targets[1].target", "already targets[0]"),
@@ -132,6 +136,19 @@ def test_an_asymmetric_plan_needs_a_dialect_that_can_say_it(
     lines = faults(tmp_path, GOOD)
     assert lines[0].startswith("14: targets[0].runtimes[0]: onnxruntime cannot express asymmetric")
     load_recipe(write(tmp_path, edited("method: ptq", "method: ptq, activations: symmetric")))
+
+
+def test_auto_is_every_runtime_of_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = edited("[onnxruntime, openvino]", "[auto]")
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.targets[0].runtime_names == tuple(targets.find_target("cpu-x86").runtimes)
+    assert len(recipe.targets[0].runtime_names) > 1
+    symmetric_only = targets.load_dialects()["tensorrt"]
+    monkeypatch.setattr(recipe_checks, "find_dialect", lambda *_: symmetric_only)
+    lines = faults(tmp_path, text)
+    assert lines[0].startswith("14: targets[0].runtimes[0]: onnxruntime cannot express asymmetric")
 
 
 def test_a_recipe_of_a_command_line_is_checked_too() -> None:

@@ -57,6 +57,11 @@ class Place:
         return f"{self.target}-{self.runtime}-{self.precision}-b{self.batch}"
 
     @property
+    def fastest_key(self) -> str:
+        """The name that the fastest runtime's engine has, too."""
+        return f"{self.target}-fastest-{self.precision}-b{self.batch}"
+
+    @property
     def form(self) -> str:
         """The ONNX form that it is built from: "fp32", or "int8-" and the dialect."""
         return "fp32" if self.precision == "fp32" else f"int8-{self.dialect}"
@@ -99,7 +104,7 @@ class Findings:
 
 def report_of(found: Findings) -> Report:
     """Return the record of a run."""
-    rows = tuple(_row(found, place) for place in found.places)
+    rows = mark_fastest(tuple(_row(found, place) for place in found.places))
     return Report(
         edgexception=__version__,
         recipe=found.recipe.model_dump(mode="json", exclude_none=True),
@@ -204,6 +209,23 @@ def _row(found: Findings, place: Place) -> Row:
         threads=place.threads,
         **facts,
     )
+
+
+def mark_fastest(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Return the rows, those of the fastest of several measured runtimes marked."""
+    contests: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        if row.latency is not None:
+            contests.setdefault((row.target, row.precision, row.batch), []).append(row)
+    won = [min(contest, key=_median_ms) for contest in contests.values() if len(contest) > 1]
+    return tuple(
+        row.model_copy(update={"fastest": True}) if any(row is w for w in won) else row
+        for row in rows
+    )
+
+
+def _median_ms(row: Row) -> float:
+    return row.latency.median_ms if row.latency else np.inf
 
 
 def _quality(found: Findings, measured: Measured) -> dict[str, Any]:

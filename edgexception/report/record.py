@@ -76,6 +76,9 @@ class Row(Record):
     """Layers as the runtime executes them, with their counts."""
     latency: Latency | None = None
     images_per_second: float | None = None
+    fastest: bool = False
+    """Its median latency is the lowest of the target's runtimes, of which several were measured, at
+    this precision and batch size."""
     speedup: Estimate | None = None
     """FP32 latency / latency, same runtime and batch size: the geometric mean over the rounds of
     the ratio of the medians in that round."""

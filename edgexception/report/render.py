@@ -34,6 +34,7 @@ def to_text(report: Report) -> str:
     for row in report.rows:
         latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
         facts = [
+            "fastest" if row.fastest else "",
             f"{row.speedup.value:.2f}x" if row.speedup else "",
             f"top-1 {_share(row.top1)}" if row.top1 else "",
         ]
