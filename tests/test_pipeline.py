@@ -76,6 +76,11 @@ def test_every_stage_runs_once_and_all_of_it_is_in_the_report(home: Path) -> Non
         assert row.latency.iterations >= 10
         assert row.top1 is not None
         assert row.top1.trials == 600
+        assert (row.paired is None) == (row.precision == "fp32")
+        if row.paired is not None:
+            assert row.fidelity is not None
+            assert row.fidelity.agreement is not None
+            assert row.paired.changed == 600 - row.fidelity.agreement.successes
         assert (row.speedup is None) == (row.precision == "fp32")
         assert row.fidelity is not None
         floor = 60 if row.precision == "fp32" else 12

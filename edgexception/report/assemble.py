@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgexception import __version__
 from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
+from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
 from edgexception.device import BuildRecord, ProbeRecord
 from edgexception.imageset import ImageSet
@@ -29,6 +30,7 @@ from edgexception.report.record import (
     Fidelity,
     Latency,
     Machine,
+    Paired,
     Parity,
     Report,
     Row,
@@ -199,7 +201,7 @@ def _row(found: Findings, place: Place) -> Row:
     if fault is not None:
         facts |= {"status": "failed", "reason": fault}
     else:
-        facts |= _quality(found, measured) | _speed(found, place, measured)
+        facts |= _quality(found, place, measured) | _speed(found, place, measured)
     return Row(
         target=place.target,
         runtime=place.runtime,
@@ -228,7 +230,7 @@ def _median_ms(row: Row) -> float:
     return row.latency.median_ms if row.latency else np.inf
 
 
-def _quality(found: Findings, measured: Measured) -> dict[str, Any]:
+def _quality(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
     if measured.logits is None or measured.reference is None:
         return {}
     facts: dict[str, Any] = {
@@ -239,6 +241,10 @@ def _quality(found: Findings, measured: Measured) -> dict[str, Any]:
         judged = accuracy(measured.logits[: len(labels)], labels)
         facts["top1"] = Share.model_validate(judged.top1)
         facts["top5"] = None if judged.top5 is None else Share.model_validate(judged.top5)
+        if place.precision != "fp32":
+            count = len(labels)
+            decisions = paired(measured.reference[:count], measured.logits[:count], labels)
+            facts["paired"] = Paired.model_validate(decisions)
     return facts
 
 

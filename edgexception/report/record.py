@@ -58,6 +58,23 @@ class Fidelity(Record):
     max_abs_difference: float
 
 
+class Paired(Record):
+    """Decisions against the float network's in torch, on the labelled photos.
+
+    `changed` are other decisions; `lost` of them were right in float, `gained` are right now.
+    `difference` of top-1 with Tango's 95% interval; `p_value` is McNemar's exact one.
+    """
+
+    images: int
+    changed: int
+    lost: int
+    gained: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
 class Row(Record):
     """One engine: a target's runtime, a precision and a batch size."""
 
@@ -84,6 +101,8 @@ class Row(Record):
     the ratio of the medians in that round."""
     top1: Share | None = None
     top5: Share | None = None
+    paired: Paired | None = None
+    """Of a quantized network with labelled photos."""
     fidelity: Fidelity | None = None
     """Against the float network in torch, on the evaluation photos and their crops."""
 

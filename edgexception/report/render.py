@@ -10,6 +10,7 @@ from edgexception.report.record import (
     Estimate,
     Fidelity,
     GateResult,
+    Paired,
     Parity,
     Report,
     Share,
@@ -37,6 +38,7 @@ def to_text(report: Report) -> str:
             "fastest" if row.fastest else "",
             f"{row.speedup.value:.2f}x" if row.speedup else "",
             f"top-1 {_share(row.top1)}" if row.top1 else "",
+            f"{row.paired.changed} changed" if row.paired else "",
         ]
         facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
         lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
@@ -72,6 +74,7 @@ def to_markdown(report: Report) -> str:
         share=_share,
         sqnr=_sqnr,
         estimate=_estimate,
+        difference=_difference,
         cell=_cell,
         mib=_mib,
         row_name=row_name,
@@ -97,6 +100,12 @@ def _sqnr(fidelity: Fidelity | None) -> str:
     if fidelity is None:
         return "not measured"
     return "equal" if fidelity.sqnr_db is None else f"{fidelity.sqnr_db:.1f} dB"
+
+
+def _difference(paired: Paired) -> str:
+    """Return the difference of top-1 in points, with interval and p."""
+    points = (f"{100 * x:+.2f}" for x in (paired.difference, paired.low, paired.high))
+    return "{} points ({} to {}), p {:.2g}".format(*points, paired.p_value)
 
 
 def _estimate(estimate: Estimate | None) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 from test_gates import row
 
+from edgexception.bench.paired import paired, tango
 from edgexception.preprocess import Preprocess
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
+from edgexception.report.network import Network
 from edgexception.report.record import (
     BadImageLine,
     Machine,
-    Network,
+    Paired,
     Parity,
     Report,
     Row,
@@ -25,6 +29,11 @@ from edgexception.report.render import to_markdown, to_text
 HOSTILE = (
     "a|b\n| x | **measured** |\r\n# h <script>alert(1)</script> `c` [l](u)\x1b[31m\u2028&lt; ~~s~~"
 )
+
+
+LABELS = np.array([0, 1, 2, 0, 1])
+BEFORE = np.eye(3)[[0, 1, 2, 0, 0]]
+AFTER = np.eye(3)[[0, 2, 1, 0, 2]]
 
 
 def report(rows: tuple[Row, ...] = (), bounds: Gates | None = None, **changes: Any) -> Report:
@@ -90,6 +99,17 @@ def test_what_was_not_measured_never_looks_measured_or_passed(status: str) -> No
     text = to_text(report(rows, Gates(top1_min=0.0)))
     assert "passed" not in text
     assert re.search(rf"int8 b1 +{status}  the engine crashed", text)
+
+
+def test_what_int8_lost_and_gained_is_shown_with_its_interval() -> None:
+    change = Paired.model_validate(asdict(paired(BEFORE, AFTER, LABELS)))
+    whole = report((row("fp32"), row(paired=change)))
+    (line,) = [line for line in tables(to_markdown(whole)) if len(line) == 8 and line[2] == "int8"]
+    low, high = tango(0, 2, 5)
+    assert line[4:7] == ["3 of 5", "2", "0"]
+    assert line[7] == f"-40.00 points ({100 * low:+.2f} to {100 * high:+.2f}), p 0.5"
+    assert "  3 changed  " in to_text(whole)
+    assert "decides otherwise" not in to_markdown(report((row("fp32"), row())))
 
 
 def test_nothing_that_came_from_outside_breaks_the_page() -> None:
