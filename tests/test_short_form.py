@@ -10,6 +10,7 @@ import pytest
 from edgexception.errors import UsageError
 from edgexception.recipe import CheckpointModel
 from edgexception.short_form import Flags, recipe_of
+from edgexception.targets import find_target
 
 
 @pytest.mark.parametrize("classes", ["a,b,", "a,,b", "", " ", f"a,{'b' * 1001}"])
@@ -34,3 +35,11 @@ def test_only_what_the_flags_say_is_changed_in_the_preprocessing(
     assert isinstance(model, CheckpointModel)
     found = model.preprocess
     assert changes == (None if found is None else found.model_dump(exclude_none=True))
+
+
+@pytest.mark.parametrize("runtime", [(), ("auto",)])
+def test_runtimes_that_are_not_named_are_all_of_the_target(runtime: tuple[str, ...]) -> None:
+    flags = Flags(target="cpu-x86", runtime=runtime, precision=("fp32",))
+    (spec,) = recipe_of(Path("net.keras"), flags, "bench").targets
+    assert spec.runtimes == ("auto",)
+    assert spec.runtime_names == tuple(find_target("cpu-x86").runtimes)

@@ -17,6 +17,11 @@ with a zero point in float, and an int8 one in INT8. TensorRT's parser refuses a
 DequantizeLinear and any zero point other than 0 (TensorRT documentation, "Working with quantized
 types"); opset 19 is the first with float16 scales.
 
+For OpenVINO the pools and the adds stay in float. Integers before the four pools take 2.7% off the
+time at 299x299 and add 2% at 150x150, for 0.8 to 1.2 dB less (full-size network, one thread); the
+adds take 2% of the time in all, fused with what follows them. ONNX Runtime's adds in float, with
+their conversions, take 1% of the time more than QLinearAdd would.
+
 A layer that the plan keeps in float reads its input as it is: in float, but for ONNX Runtime, where
 an INT8 layer that writes it has written integers. What a float layer writes is rounded only where
 INT8 layers read it.
