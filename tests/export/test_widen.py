@@ -28,6 +28,7 @@ from edgexception.export.onnx_graph import to_onnx
 from edgexception.export.widen import widened
 from edgexception.model.graph import inference_graph, layers
 from edgexception.quantize.dialects import DIALECTS
+from edgexception.quantize.precision import resolve, with_precision
 from edgexception.quantize.simulate import simulate
 
 SIZE = (40, 40)
@@ -116,12 +117,14 @@ def test_nothing_to_widen_is_the_graph_itself() -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_runtimes_execute_widened_networks_as_simulated(dialect: str, symmetric: bool) -> None:
-    if dialect == "tensorrt" and not symmetric:
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "mixed"])
+def test_runtimes_execute_widened_networks_as_simulated(dialect: str, kind: str) -> None:
+    if dialect == "tensorrt" and kind == "asymmetric":
         pytest.skip("tensorrt has symmetric activations only")
     graph, images = small_graph(ODD), random_images(3, SIZE)
-    plan = minmax_plan(graph, images, symmetric=symmetric)
+    plan = minmax_plan(graph, images, symmetric=kind != "asymmetric")
+    if kind == "mixed":
+        plan = with_precision(graph, plan, resolve(graph, {"fp32": ["block3_sepconv1"]}))
     model = to_onnx(graph, preprocess_of(SIZE), None, plan=plan, dialect=DIALECTS[dialect])
     weights = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     width = {"onnxruntime": 32, "openvino": 32, "tensorrt": 30}[dialect]
