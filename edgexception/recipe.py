@@ -178,6 +178,40 @@ ModelSpec = Annotated[
 ]
 
 
+class AutoPrecision(Spec):
+    """Take layers out of INT8 until a bound holds, as few as it takes.
+
+    Bounds are measured on calibration images against the float network, never on evaluation images,
+    and without labels: an agreement of 0.99 also bounds the accuracy lost there at 0.01.
+    """
+
+    sqnr_db_min: Annotated[float, Field(ge=-200.0, le=200.0)] | None = None
+    """Least signal-to-quantization-noise ratio of the logits."""
+    agreement_min: Share | None = None
+    """Least share of images on which the quantized network decides like the float network."""
+    exceptions_max: Count = 8
+    """Most exceptions (a separable convolution, or a layer of the stem, a shortcut or the head)."""
+    weigh: Literal["count", "macs"] = "count"
+    """What exceptions cost. count: each the same. macs: by their multiply-accumulates."""
+    times: Path | None = None
+    """Costs as measured on the target instead: a JSON file, layer name -> what the layer takes
+    longer in float than in INT8, in ms."""
+
+
+class PrecisionSpec(Spec):
+    """The layers that are not INT8; all others are.
+
+    A name is a layer (`block5_sepconv1_pointwise`), a separable convolution (`block5_sepconv1`), a
+    block (`block5`) or a glob over any of them.
+    """
+
+    fp32: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    fp16: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    """Only the tensorrt dialect has float16 layers."""
+    auto: AutoPrecision | None = None
+    """fp16 where every dialect asked for has it, else fp32."""
+
+
 class PtqSpec(Spec):
     """INT8 post-training quantization."""
 
@@ -191,6 +225,7 @@ class PtqSpec(Spec):
     """7 avoids the int16 saturation of OpenVINO on x86 processors without VNNI; auto is 7 where a
     target has both, else 8."""
     bias_correction: bool = True
+    precision: PrecisionSpec = PrecisionSpec()
 
 
 class ExportSpec(Spec):

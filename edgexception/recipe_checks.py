@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 
 from edgexception.errors import UsageError
 from edgexception.recipe import (
@@ -66,6 +67,46 @@ def _percentile_is_used(recipe: Recipe) -> Iterator[Fault]:
             ("quantize", "percentile"),
             f"has no effect with ranges: {spec.ranges}; set `ranges: percentile` or remove it",
         )
+
+
+def dialects_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the dialects that a recipe writes its INT8 network in; unknown names are left out."""
+    names = []
+    for spec in recipe.targets:
+        if "int8" in spec.precisions:
+            for runtime in spec.runtimes:
+                with suppress(UsageError):
+                    names.append(find_runtime(spec.target, runtime).dialect)
+    return tuple(dict.fromkeys((*names, *recipe.export.dialects)))
+
+
+def _precision_is_one_way(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.quantize is None:
+        return
+    spec, path = recipe.quantize.precision, ("quantize", "precision")
+    for name in ("fp32", "fp16"):
+        yield from _distinct(getattr(spec, name), (*path, name), "name")
+    auto = spec.auto
+    if auto is None:
+        return
+    if spec.fp32 or spec.fp16:
+        yield Fault((*path, "auto"), "chooses the layers itself; name layers or write auto")
+    if auto.sqnr_db_min is None and auto.agreement_min is None:
+        yield Fault((*path, "auto"), "needs a bound; write `sqnr_db_min:` or `agreement_min:`")
+    if auto.times is not None and auto.weigh != _default(auto, "weigh"):
+        yield Fault((*path, "auto", "weigh"), "has no effect beside `times`; remove one of them")
+
+
+def _half_layers_have_kernels(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.quantize is None or not recipe.quantize.precision.fp16:
+        return
+    for name in dialects_of(recipe):
+        if "fp16" not in load_dialects()[name].float_layers:
+            yield Fault(
+                ("quantize", "precision", "fp16"),
+                f"{name} has no kernels for float16 layers; write them under `fp32:`, or take "
+                f"{name} out",
+            )
 
 
 def _default(spec: object, name: str) -> object:
@@ -307,6 +348,8 @@ def _gate_has_engines(name: str, targets: Sequence[TargetSpec], path: KeyPath) -
 RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize calibration", _quantize_calibrates),
     ("quantize", _percentile_is_used),
+    ("quantize", _precision_is_one_way),
+    ("quantize targets export", _half_layers_have_kernels),
     ("model", _training_fits),
     ("model", _crop_is_used),
     ("model calibration evaluation", _idx_labels_are_named),

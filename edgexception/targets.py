@@ -28,6 +28,8 @@ class Dialect(Row):
     description: str
     activations: Annotated[tuple[Activations, ...], Field(min_length=1)]
     """The kinds of activation ranges that it can express."""
+    float_layers: Annotated[tuple[Literal["fp32", "fp16"], ...], Field(min_length=1)]
+    """What layers that are not INT8 may be."""
     saturates_without_vnni: bool = False
     """On x86 without VNNI its runtime adds products of 8-bit weights in 16 saturating bits."""
 

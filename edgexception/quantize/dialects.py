@@ -53,8 +53,6 @@ class Dialect:
     integer_bias: bool
     unsigned: bool
     """Activations are uint8: an int8 grid is written as the uint8 grid of the same values."""
-    half: bool
-    """The runtime computes float16 layers."""
     widths: int
     """Channels are filled up with zeros to a multiple of it (see `export.widen`)."""
 
@@ -68,7 +66,6 @@ DIALECTS = {
             quantized_outputs=True,
             integer_bias=True,
             unsigned=True,
-            half=False,
             widths=16,
         ),
         Dialect(
@@ -77,7 +74,6 @@ DIALECTS = {
             quantized_outputs=False,
             integer_bias=False,
             unsigned=True,
-            half=False,
             widths=32,
         ),
         Dialect(
@@ -86,17 +82,21 @@ DIALECTS = {
             quantized_outputs=False,
             integer_bias=False,
             unsigned=False,
-            half=True,
             widths=1,
         ),
     )
 }
 
 
+def has_half(dialect: Dialect) -> bool:
+    """Whether the runtimes of a dialect compute layers in float16."""
+    return "fp16" in load_dialects()[dialect.name].float_layers
+
+
 def check_plan(plan: QuantPlan, dialect: Dialect) -> None:
     """Raise UsageError when `dialect` has no words for the plan."""
     half = [name for name, precision in plan.precision.items() if precision == "fp16"]
-    if half and not dialect.half:
+    if half and not has_half(dialect):
         raise UsageError(
             f"dialect {dialect.name} cannot compute layer {half[0]} in fp16: processors have no "
             "kernels for it; write `quantize.precision: {fp32: [...]}`, or target tensorrt"

@@ -15,6 +15,7 @@ from edgexception.errors import BadArtifact
 
 Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FloatPrecision = Literal["fp32", "fp16"]
+Change = Literal["added", "removed", "kept"]
 
 
 class _Data(BaseModel):
@@ -65,6 +66,36 @@ class WeightQuant(_Data):
         return 127 if self.bits == 8 else 64
 
 
+class Nearness(_Data):
+    """How near a quantized network's logits are to the float network's: the worst dialect."""
+
+    sqnr_db: float | None
+    """None where they are equal."""
+    agreement: float | None
+    """Share of images with the same greatest logit; None for networks with one output."""
+
+
+class ExceptionStep(_Data):
+    """One exception that was tried, and what the network measured with it, or then without it."""
+
+    unit: str
+    """A separable convolution, or a layer of the stem, a shortcut or the head."""
+    change: Change
+    """kept: it was taken out again, and the bound did not hold without it."""
+    measured: Nearness
+
+
+class PrecisionChoice(_Data):
+    """How the exceptions of a plan were chosen."""
+
+    bounds: dict[str, float]
+    dialects: tuple[str, ...]
+    images: int
+    before: Nearness
+    after: Nearness
+    steps: tuple[ExceptionStep, ...]
+
+
 class Provenance(_Data):
     """How a plan came to be."""
 
@@ -75,6 +106,8 @@ class Provenance(_Data):
     images: int
     calibration_digest: str
     versions: dict[str, str]
+    precision: PrecisionChoice | None = None
+    """How `auto` chose the layers that are not INT8."""
 
 
 class QuantPlan(_Data):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -15,9 +15,11 @@ from torch import fx, nn
 from edgexception.errors import BadArtifact
 from edgexception.imageset import ImageSet
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, to_graph_input
+from edgexception.quantize.auto_precision import choose_precision, dialects_for
 from edgexception.quantize.edges import input_edges, output_edges
 from edgexception.quantize.nncf_adapter import Calibrated, calibrate
 from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
+from edgexception.quantize.precision import resolve, with_float_layers, with_precision
 from edgexception.quantize.ranges import grid_of_range, observe
 from edgexception.recipe import PtqSpec
 
@@ -43,12 +45,16 @@ def quantize_ptq(
     images: ImageSet,
     weight_bits: int,
     progress: Report | None = None,
+    dialects: Sequence[str] = (),
 ) -> Quantized:
     """Quantize an inference graph on calibration images; `graph` itself is not changed.
 
-    `weight_bits` is 8, or 7 for processors whose uint8 x int8 products saturate at 16 bits. Raises
-    BadArtifact naming the layer or tensor that is not finite.
+    `weight_bits` is 8, or 7 for processors whose uint8 x int8 products saturate at 16 bits.
+    `dialects` are those that `precision: {auto: ...}` must hold in; none are all that can say the
+    plan. Raises BadArtifact naming the layer or tensor that is not finite, UsageError for names of
+    layers that are none, and GateFailed when `auto` cannot reach its bound.
     """
+    named = resolve(graph, {"fp32": spec.precision.fp32, "fp16": spec.precision.fp16})
     for name, layer in layers(graph).items():
         if not all(torch.isfinite(p).all() for p in layer.parameters()):
             raise BadArtifact(
@@ -89,7 +95,14 @@ def quantize_ptq(
             versions={name: version(name) for name in ("nncf", "torch")},
         ),
     )
-    return Quantized(corrected, plan)
+    if spec.precision.auto is not None:
+        asked = dialects_for(plan, dialects)
+        plan = choose_precision(
+            corrected, graph, plan, spec.precision.auto, images, asked, progress
+        )
+    elif named:
+        plan = with_precision(graph, plan, named)
+    return Quantized(with_float_layers(corrected, graph, plan.precision), plan)
 
 
 class _Batches:
