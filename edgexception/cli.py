@@ -117,6 +117,9 @@ def run_recipe(
 
 _stage_command("import", "import", _MODEL, "Read a trained network and check it.")
 _stage_command("quantize", "quantize", _QUANTIZE, "Quantize to INT8 on calibration photos.")
+_stage_command(
+    "sensitivity", "sensitivity", _EXPORT, "Measure what each edge and weight costs in INT8."
+)
 _stage_command("export", "export", _EXPORT, "Write ONNX, in float and in INT8, and compare.")
 _stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
 _stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")

@@ -1,8 +1,8 @@
-"""The stages right of the ONNX seam, which a device does: engines, their logits and their times."""
+"""Right of the ONNX seam, which a device does: what it can have, engines, logits and times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 
 from edgexception.artifacts import Artifact
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
-from edgexception.recipe import BenchSpec
+from edgexception.device import ProbeRecord
+from edgexception.errors import NotPossibleHere
+from edgexception.recipe import BenchSpec, Recipe, TargetSpec
+from edgexception.report.assemble import Place
+from edgexception.targets import find_runtime, find_target
 from edgexception.workshop import Workshop, write_json
 
 
@@ -78,3 +82,33 @@ def bench(
         ]
         for number, (engine, _) in enumerate(engines, start=1)
     }
+
+
+def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
+    """Yield every engine that the recipe asks for, after checking that this machine can have it."""
+    batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
+    for spec in recipe.targets:
+        _check_target(spec, machine)
+        threads = spec.threads or machine.cpu.usable_cores
+        for runtime in spec.runtime_names:
+            dialect = find_runtime(spec.target, runtime).dialect
+            for precision in spec.precisions:
+                for batch in batches:
+                    yield Place(spec.target, runtime, dialect, precision, batch, threads)
+
+
+def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
+    target = find_target(spec.target)
+    if target.arch != machine.arch:
+        raise NotPossibleHere(
+            f"target {spec.target} is {target.arch}, and this machine is {machine.arch}: run the "
+            "recipe on such a machine"
+        )
+    for runtime in spec.runtime_names:
+        facts = machine.runtimes.get(runtime)
+        if facts is None or facts.missing is not None:
+            reason = facts.missing if facts else "this version has no adapter for it"
+            raise NotPossibleHere(
+                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. "
+                f"Install it with `pip install 'edgexception[{runtime}]'`, or list the others alone"
+            )

@@ -153,6 +153,11 @@ class ImageSet:
             partial.unlink(missing_ok=True)
 
 
+def first_images(images: ImageSet, count: int) -> ImageSet:
+    """Return the first `count` images of a set, without labels."""
+    return ImageSet(images.samples[:count], None, images.preprocess, ())
+
+
 def crop_sample(photo: Photo, number: int, seed: int) -> Sample:
     """Return the random crop with that number of a photo."""
     crop = random_crop(photo.size, f"{seed}:{photo.sha256}:{number}")

@@ -15,9 +15,9 @@ from edgexception.bench.protocol import Engine
 from edgexception.bench.statistics import Times
 from edgexception.data import open_calibration, open_evaluation
 from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, local_device
-from edgexception.engine_stages import bench, build, evaluate
-from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
-from edgexception.imageset import ImageSet
+from edgexception.engine_stages import bench, build, evaluate, places_of
+from edgexception.errors import EdgexError, OutOfResources, UsageError
+from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import fill_output, open_output
 from edgexception.recipe import (
@@ -25,10 +25,9 @@ from edgexception.recipe import (
     CheckpointModel,
     PtqSpec,
     Recipe,
-    TargetSpec,
     TrainedHereModel,
 )
-from edgexception.recipe_checks import check_recipe
+from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, report_of
 from edgexception.report.network import Network
@@ -39,16 +38,20 @@ from edgexception.stages import (
     export,
     quantize,
     reference,
+    sensitivity,
     verify,
 )
-from edgexception.targets import find_dialect, find_runtime, find_target, load_targets
+from edgexception.targets import find_dialect, find_target, load_targets
 from edgexception.workshop import Workshop
 
-Last = Literal["import", "quantize", "export", "build", "bench"]
-LAST: tuple[Last, ...] = ("import", "quantize", "export", "build", "bench")
+Last = Literal["import", "quantize", "sensitivity", "export", "build", "bench"]
+LAST: tuple[Last, ...] = ("import", "quantize", "sensitivity", "export", "build", "bench")
 
 PARITY_IMAGES = 32
 """How many images every exported graph is compared on."""
+
+SENSITIVITY_IMAGES = 32
+"""How many calibration images the sensitivity is measured on."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class _Run:
     evaluation: ImageSet | None = None
     calibration: ImageSet | None = None
     quantized: Artifact | None = None
+    sensitivity: Artifact | None = None
     exports: dict[str, Artifact] = field(default_factory=dict)
     parity: dict[tuple[str, str | None], Artifact] = field(default_factory=dict)
     parity_from: str = ""
@@ -104,11 +108,13 @@ def run(
     with open_output(out) as store:
         device = local_device()
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
-        places = tuple(_places(recipe, shop.machine)) if _reaches(last, "export") else ()
+        places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = _Run(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "quantize"):
             _open_photos(state)
             _quantize(state)
+        if last == "sensitivity":  # nothing else needs it
+            _sensitivity(state)
         if _reaches(last, "export"):
             _export(state)
             _verify(state)
@@ -159,36 +165,6 @@ def _probe(device: Device, store: Store) -> ProbeRecord:
         return ProbeRecord.model_validate(device.call("probe", {}, {}, folder / "answer"))
 
 
-def _places(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
-    """Yield every engine that the recipe asks for, after checking that this machine can have it."""
-    batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
-    for spec in recipe.targets:
-        _check_target(spec, machine)
-        threads = spec.threads or machine.cpu.usable_cores
-        for runtime in spec.runtime_names:
-            dialect = find_runtime(spec.target, runtime).dialect
-            for precision in spec.precisions:
-                for batch in batches:
-                    yield Place(spec.target, runtime, dialect, precision, batch, threads)
-
-
-def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
-    target = find_target(spec.target)
-    if target.arch != machine.arch:
-        raise NotPossibleHere(
-            f"target {spec.target} is {target.arch}, and this machine is {machine.arch}: run the "
-            "recipe on such a machine"
-        )
-    for runtime in spec.runtime_names:
-        facts = machine.runtimes.get(runtime)
-        if facts is None or facts.missing is not None:
-            reason = facts.missing if facts else "this version has no adapter for it"
-            raise NotPossibleHere(
-                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. "
-                f"Install it with `pip install 'edgexception[{runtime}]'`, or list the others alone"
-            )
-
-
 # --- the steps ------------------------------------------------------------------------------------
 
 
@@ -225,7 +201,16 @@ def _quantize(state: _Run) -> None:
             recipe.calibration,
             state.calibration,
             _weight_bits(recipe.quantize, recipe, state.shop.machine),
+            dialects_of(recipe),
         )
+
+
+def _sensitivity(state: _Run) -> None:
+    """Measure in the first dialect that is asked for, else in one whose layers write floats."""
+    if state.quantized is not None and state.calibration is not None:
+        few = first_images(state.calibration, SENSITIVITY_IMAGES)
+        dialect = (*dialects_of(state.recipe), "openvino")[0]
+        state.sensitivity = sensitivity(state.shop, state.model, state.quantized, few, dialect)
 
 
 def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
@@ -262,7 +247,7 @@ def _verify(state: _Run) -> None:
         images, state.parity_from = state.calibration, "calibration"
     else:
         return
-    first = ImageSet(images.samples[:PARITY_IMAGES], None, images.preprocess, ())
+    first = first_images(images, PARITY_IMAGES)
     answers = reference(state.shop, state.model, first, "for parity")
     for form, exported in state.exports.items():
         for runtime in _readers(state, form):
@@ -386,6 +371,9 @@ def _findings(state: _Run, *, judged: bool) -> Findings:
         measured=state.measured,
         faults={place: str(error) for place, error in state.faults.items()},
         stages=tuple(state.shop.done),
+        sensitivity=None
+        if state.sensitivity is None
+        else state.sensitivity.file("sensitivity.json"),
         judged=judged,
     )
 
@@ -396,6 +384,8 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
     if state.quantized is not None:
         for name in ("plan.json", "calibration.json"):
             links[name] = state.quantized.file(name)
+    if state.sensitivity is not None:
+        links["sensitivity.json"] = state.sensitivity.file("sensitivity.json")
     links |= {f"onnx/{form}.onnx": a.file("model.onnx") for form, a in state.exports.items()}
     links |= {
         f"onnx/{form}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")

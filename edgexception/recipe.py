@@ -225,7 +225,8 @@ class PtqSpec(Spec):
     """7 avoids the int16 saturation of OpenVINO on x86 processors without VNNI; auto is 7 where a
     target has both, else 8."""
     bias_correction: bool = True
-    precision: PrecisionSpec = PrecisionSpec()
+    precision: PrecisionSpec | None = None
+    """The layers that are not INT8; None is none."""
 
 
 class ExportSpec(Spec):

@@ -74,20 +74,22 @@ def dialects_of(recipe: Recipe) -> tuple[str, ...]:
     names = []
     for spec in recipe.targets:
         if "int8" in spec.precisions:
-            for runtime in spec.runtimes:
+            for runtime in spec.runtime_names:
                 with suppress(UsageError):
                     names.append(find_runtime(spec.target, runtime).dialect)
     return tuple(dict.fromkeys((*names, *recipe.export.dialects)))
 
 
 def _precision_is_one_way(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.quantize is None:
+    if recipe.quantize is None or recipe.quantize.precision is None:
         return
     spec, path = recipe.quantize.precision, ("quantize", "precision")
     for name in ("fp32", "fp16"):
         yield from _distinct(getattr(spec, name), (*path, name), "name")
     auto = spec.auto
     if auto is None:
+        if not spec.fp32 and not spec.fp16:
+            yield Fault(path, "names no layer; write `fp32:`, `fp16:` or `auto:`, or remove it")
         return
     if spec.fp32 or spec.fp16:
         yield Fault((*path, "auto"), "chooses the layers itself; name layers or write auto")
@@ -98,7 +100,8 @@ def _precision_is_one_way(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _half_layers_have_kernels(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.quantize is None or not recipe.quantize.precision.fp16:
+    precision = recipe.quantize.precision if recipe.quantize else None
+    if precision is None or not precision.fp16:
         return
     for name in dialects_of(recipe):
         if "fp16" not in load_dialects()[name].float_layers:

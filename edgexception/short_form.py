@@ -18,6 +18,7 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 _NEEDED: dict[str, dict[str, str]] = {
     "quantize": {"quantize": "calibration"},
+    "sensitivity": {"quantize": "calibration"},
     "build": {"targets": "target"},
     "bench": {"targets": "target", "bench": "target"},
 }

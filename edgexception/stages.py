@@ -8,17 +8,18 @@ needs torch is imported inside a stage, so that a run with nothing left to do do
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.artifacts import Artifact
+from edgexception.artifacts import Artifact, sha256_file
 from edgexception.bench.protocol import Engine, build_engine, run_images
 from edgexception.calibration import write_calibration_manifest
 from edgexception.device import Progress
-from edgexception.errors import BadArtifact
+from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import load_model
 from edgexception.recipe import CalibrationSpec, PtqSpec
@@ -43,8 +44,13 @@ def quantize(
     calibration: CalibrationSpec,
     images: ImageSet,
     bits: int,
+    dialects: tuple[str, ...],
 ) -> Artifact:
-    """Quantize after training: `plan.json`, `weights.safetensors` and `calibration.json`."""
+    """Quantize after training: `plan.json`, `weights.safetensors` and `calibration.json`.
+
+    `dialects` are those in which an `auto` precision must hold.
+    """
+    auto = spec.precision.auto if spec.precision else None
 
     def write(folder: Path) -> None:
         from safetensors.torch import save_file
@@ -58,7 +64,7 @@ def quantize(
         def report(what: str, done: int, total: int, left_s: float) -> None:
             shop.progress(Progress(what, done, total, left_s))
 
-        result = quantize_ptq(graph, spec, images, bits, report)
+        result = quantize_ptq(graph, spec, images, bits, report, dialects)
         state = {name: t.contiguous() for name, t in result.graph.state_dict().items()}
         save_file(state, folder / "weights.safetensors")
         (folder / "plan.json").write_text(result.plan.to_json() + "\n")
@@ -74,11 +80,57 @@ def quantize(
         "model": model.digest,
         "calibration": images.digest,
         "manifest": calibration.model_dump(include={"seed", "crops_per_photo"}),
-        "spec": spec.model_dump(),
+        "spec": spec.model_dump(exclude={"precision": {"auto": {"times"}}}),
         "weight_bits": bits,
+        "dialects": dialects if auto else None,
+        "times": _digest(auto.times) if auto and auto.times else None,
         "versions": versions("torch", "nncf"),
     }
     return shop.once("quantize", f"{spec.method}, {len(images)} images", inputs, write)
+
+
+def _digest(times: Path) -> str:
+    try:
+        return sha256_file(times)
+    except OSError as error:
+        raise UsageError(
+            f"quantize.precision.auto.times: {times} cannot be read ({error.strerror}); name a "
+            "JSON file"
+        ) from error
+
+
+def sensitivity(
+    shop: Workshop, model: Artifact, quantized: Artifact, images: ImageSet, dialect: str
+) -> Artifact:
+    """Measure what each edge and weight of the quantized network costs: `sensitivity.json`."""
+
+    def write(folder: Path) -> None:
+        import torch
+
+        from edgexception.model.graph import inference_graph
+        from edgexception.quantize.dialects import DIALECTS
+        from edgexception.quantize.sensitivity import sensitivity as measure
+
+        def report(what: str, done: int, total: int, left_s: float) -> None:
+            shop.progress(Progress(what, done, total, left_s))
+
+        loaded = load_model(model)
+        trained = inference_graph(loaded.network, loaded.preprocess)
+        graph = inference_graph(loaded.network, loaded.preprocess)
+        plan = _load_quantized(graph, quantized)
+        start = time.monotonic()
+        table = measure(graph, plan, DIALECTS[dialect], images, report, trained)
+        facts = {"seconds": round(time.monotonic() - start, 1), "threads": torch.get_num_threads()}
+        write_json(folder / "sensitivity.json", {**asdict(table), **facts})
+
+    inputs = {
+        "model": model.digest,
+        "quantized": quantized.digest,
+        "images": images.digest,
+        "dialect": dialect,
+        "versions": versions("torch"),
+    }
+    return shop.once("sensitivity", f"{dialect}, {len(images)} images", inputs, write)
 
 
 def export(
@@ -115,15 +167,19 @@ def export(
 def _graph_and_plan(
     trained: TrainedModel, quantized: Artifact | None
 ) -> tuple[fx.GraphModule, QuantPlan | None]:
+    from edgexception.model.graph import inference_graph
+
+    graph = inference_graph(trained.network, trained.preprocess)
+    return graph, None if quantized is None else _load_quantized(graph, quantized)
+
+
+def _load_quantized(graph: fx.GraphModule, quantized: Artifact) -> QuantPlan:
+    """Give a network's inference graph its weights after quantization, and return the plan."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from edgexception.model.graph import inference_graph
     from edgexception.quantize.plan import load_plan
 
-    graph = inference_graph(trained.network, trained.preprocess)
-    if quantized is None:
-        return graph, None
     path = quantized.file("weights.safetensors")
     try:
         graph.load_state_dict(load_file(path))
@@ -131,7 +187,7 @@ def _graph_and_plan(
         raise BadArtifact(
             f"{path}: does not hold this network's weights; remove {path.parent} to quantize again"
         ) from error
-    return graph, load_plan(quantized.file("plan.json"))
+    return load_plan(quantized.file("plan.json"))
 
 
 def reference(shop: Workshop, model: Artifact, images: ImageSet, what: str) -> Artifact:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from edgexception.errors import BadArtifact, GateFailed, UsageError
-from edgexception.imageset import ImageSet
+from edgexception.imageset import ImageSet, first_images
 from edgexception.model.graph import to_graph_input
 from edgexception.quantize.dialects import DIALECTS, Dialect, check_plan, has_half
 from edgexception.quantize.plan import (
@@ -106,7 +106,7 @@ def choose_precision(
 
 def _ranked(network: _Network, spec: AutoPrecision, dialect: Dialect) -> list[str]:
     """Return the units, the one first that takes away most noise for its cost."""
-    few = ImageSet(network.images.samples[:RANKING_IMAGES], None, network.images.preprocess, ())
+    few = first_images(network.images, RANKING_IMAGES)
     noise, macs = gains(network.graph, network.plan, dialect, few, network.progress)
     cost = dict.fromkeys(noise, 1.0)
     if spec.times is not None:

@@ -86,13 +86,13 @@ def resolve(
 def with_precision(
     graph: fx.GraphModule, plan: QuantPlan, precision: Mapping[str, FloatPrecision]
 ) -> QuantPlan:
-    """Return an all-INT8 plan with some layers in float.
+    """Return a plan with layers in float, among them those that it has in float already.
 
     Their weights lose their grids, and so do the tensors that no INT8 layer reads; but a tensor
     that an INT8 layer writes keeps its grid as an output.
     """
-    if plan.precision:
-        raise EdgexError("exceptions are taken from a plan in which every layer is INT8")
+    if not plan.precision.items() <= precision.items():
+        raise EdgexError("a layer that is in float in a plan has no grids to go back to INT8 with")
     read = {
         edge
         for edge, readers in input_edges(graph).items()

@@ -21,7 +21,7 @@ from edgexception.quantize.nncf_adapter import Calibrated, calibrate
 from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
 from edgexception.quantize.precision import resolve, with_float_layers, with_precision
 from edgexception.quantize.ranges import grid_of_range, observe
-from edgexception.recipe import PtqSpec
+from edgexception.recipe import PrecisionSpec, PtqSpec
 
 BATCH = 8
 Report = Callable[[str, int, int, float], None]
@@ -54,7 +54,8 @@ def quantize_ptq(
     plan. Raises BadArtifact naming the layer or tensor that is not finite, UsageError for names of
     layers that are none, and GateFailed when `auto` cannot reach its bound.
     """
-    named = resolve(graph, {"fp32": spec.precision.fp32, "fp16": spec.precision.fp16})
+    precision = spec.precision or PrecisionSpec()
+    named = resolve(graph, {"fp32": precision.fp32, "fp16": precision.fp16})
     for name, layer in layers(graph).items():
         if not all(torch.isfinite(p).all() for p in layer.parameters()):
             raise BadArtifact(
@@ -95,11 +96,9 @@ def quantize_ptq(
             versions={name: version(name) for name in ("nncf", "torch")},
         ),
     )
-    if spec.precision.auto is not None:
+    if precision.auto is not None:
         asked = dialects_for(plan, dialects)
-        plan = choose_precision(
-            corrected, graph, plan, spec.precision.auto, images, asked, progress
-        )
+        plan = choose_precision(corrected, graph, plan, precision.auto, images, asked, progress)
     elif named:
         plan = with_precision(graph, plan, named)
     return Quantized(with_float_layers(corrected, graph, plan.precision), plan)

@@ -31,7 +31,7 @@ from edgexception.imageset import ImageSet
 from edgexception.model.graph import layers, module_of, to_graph_input
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.edges import layer_outputs
-from edgexception.quantize.plan import QuantPlan
+from edgexception.quantize.plan import FloatPrecision, QuantPlan
 from edgexception.quantize.precision import units_of, with_precision
 from edgexception.quantize.simulate import quantize_weight
 
@@ -100,13 +100,13 @@ def sensitivity(
     progress: Progress | None = None,
     trained: fx.GraphModule | None = None,
 ) -> Sensitivity:
-    """Measure every unit of an all-INT8 plan on `images`.
+    """Measure every unit that is not in float already, on `images`.
 
     `trained` is the float network where it is not `graph`, whose biases may be corrected for the
     plan: single parts are judged against `graph` in float, the whole plan against `trained`. Raises
     BadArtifact naming the image and the tensor that are not finite.
     """
-    units = units_of(graph)
+    units = _integer_units(graph, plan)
     everything = rounded_by(graph, plan, dialect)
     variants = {("everything", ""): everything}
     for unit, names in units.items():
@@ -145,7 +145,7 @@ def gains(
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Return unit -> the noise that an exception takes away (see `Effect`), and unit -> MACs."""
-    units = units_of(graph)
+    units = _integer_units(graph, plan)
     everything = rounded_by(graph, plan, dialect)
     variants = {
         ("exception", unit): everything.less(_without(graph, plan, dialect, names))
@@ -168,10 +168,20 @@ def rounded_by(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> Roun
     )
 
 
+def _integer_units(graph: fx.GraphModule, plan: QuantPlan) -> dict[str, tuple[str, ...]]:
+    """Return unit -> its INT8 layers, of the units that have some."""
+    found = {
+        unit: tuple(name for name in names if name not in plan.precision)
+        for unit, names in units_of(graph).items()
+    }
+    return {unit: names for unit, names in found.items() if names}
+
+
 def _without(
     graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect, names: tuple[str, ...]
 ) -> Rounded:
-    return rounded_by(graph, with_precision(graph, plan, dict.fromkeys(names, "fp32")), dialect)
+    exceptions: dict[str, FloatPrecision] = {**plan.precision, **dict.fromkeys(names, "fp32")}
+    return rounded_by(graph, with_precision(graph, plan, exceptions), dialect)
 
 
 def _parts(

@@ -27,6 +27,7 @@ from edgexception.report.record import (
     BadImageLine,
     Calibration,
     Estimate,
+    Exceptions,
     Fidelity,
     Latency,
     Machine,
@@ -34,6 +35,7 @@ from edgexception.report.record import (
     Parity,
     Report,
     Row,
+    Sensitivity,
     Share,
     StageLine,
 )
@@ -100,6 +102,7 @@ class Findings:
     measured: Mapping[Place, Measured]
     faults: Mapping[Place, str]
     stages: tuple[StageLine, ...]
+    sensitivity: Path | None
     judged: bool
     """Whether the run went on to where gates are judged."""
 
@@ -121,6 +124,11 @@ def report_of(found: Findings) -> Report:
         rows=rows,
         gates=judge(found.recipe.gates, rows) if found.judged else (),
         stages=found.stages,
+        sensitivity=(
+            None
+            if found.sensitivity is None
+            else Sensitivity.model_validate_json(found.sensitivity.read_bytes())
+        ),
     )
 
 
@@ -162,6 +170,11 @@ def _calibration(found: Findings) -> Calibration | None:
         ranges=origin["ranges"],
         bias_correction=origin["bias_correction"],
         weight_bits=min(bits),
+        exceptions=(
+            Exceptions(layers=plan["precision"], chosen=origin["precision"])
+            if plan["precision"] or origin["precision"]
+            else None
+        ),
     )
 
 

@@ -160,6 +160,14 @@ class BadImageLine(Record):
     reason: str
 
 
+class Exceptions(Record):
+    """The layers that are not INT8, and how they were chosen."""
+
+    layers: dict[str, str]
+    chosen: dict[str, Any] | None
+    """The plan's `provenance.precision`; None where the recipe names the layers."""
+
+
 class Calibration(Record):
     """What quantization looked at, and what came of it."""
 
@@ -171,6 +179,45 @@ class Calibration(Record):
     ranges: str
     bias_correction: bool
     weight_bits: int
+    exceptions: Exceptions | None = None
+
+
+class Effect(Record):
+    """What quantizing something does to the logits: power of the noise over that of the logits."""
+
+    sqnr_db: float | None
+    """None where nothing changes."""
+    agreement: float | None
+    noise: float
+
+
+class UnitSensitivity(Record):
+    """What a separable convolution, or another layer, costs in INT8: each part of it alone."""
+
+    unit: str
+    layers: tuple[str, ...]
+    macs: int
+    input: Effect
+    inner: Effect | None
+    """The edge between depthwise and pointwise convolution."""
+    weights: Effect
+    output: Effect | None
+    """What adds and pools read, on runtimes whose layers write integers."""
+    exception: Effect
+    """All that an exception would take away, alone."""
+    without: Effect
+    """The network with everything quantized but this unit."""
+
+
+class Sensitivity(Record):
+    """Which edges and weights cost how much; `sensitivity.json` of its stage."""
+
+    dialect: str
+    images: int
+    seconds: float
+    threads: int
+    everything: Effect
+    units: tuple[UnitSensitivity, ...]
 
 
 class Machine(Record):
@@ -204,6 +251,7 @@ class Report(Record):
     rows: tuple[Row, ...]
     gates: tuple[GateResult, ...]
     stages: tuple[StageLine, ...]
+    sensitivity: Sensitivity | None = None
 
     @property
     def failed_gates(self) -> tuple[GateResult, ...]:

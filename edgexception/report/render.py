@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgexception.report.record import (
+    Effect,
     Estimate,
+    Exceptions,
     Fidelity,
     GateResult,
     Paired,
     Parity,
     Report,
+    Sensitivity,
     Share,
+    UnitSensitivity,
     row_name,
 )
 
@@ -32,6 +37,8 @@ def to_text(report: Report) -> str:
             f"quantized: {c.activations} activations, {c.weight_bits}-bit weights, {c.ranges} "
             f"ranges of {c.images} images"
         )
+        lines += _exception_lines(c.exceptions)
+    lines += sensitivity_lines(report.sensitivity) if report.sensitivity else []
     for row in report.rows:
         latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
         facts = [
@@ -48,6 +55,65 @@ def to_text(report: Report) -> str:
         found += ": differs" if parity.differs else ""
         lines.append(f"{name:<36}{_not_compared(parity) or found}")
     return "\n".join([*lines, *gate_lines(report.gates)])
+
+
+def _exception_lines(found: Exceptions | None) -> list[str]:
+    if found is None:
+        return []
+    named = ", ".join(f"{name} {precision}" for name, precision in found.layers.items()) or "none"
+    return [f"not INT8: {named}", *([_reason(found.chosen)] if found.chosen else [])]
+
+
+def _reason(chosen: Mapping[str, Any]) -> str:
+    """Say why the exceptions are what they are: the bound, and what was measured."""
+    bounds = ", ".join(f"{name} {bound:g}" for name, bound in chosen["bounds"].items())
+    before, after = (_nearness(chosen[key]) for key in ("before", "after"))
+    return (
+        f"chosen for {bounds} on {chosen['images']} calibration images: {before} all INT8, "
+        f"{after} with them ({', '.join(chosen['dialects'])}, simulated)"
+    )
+
+
+def _nearness(found: Mapping[str, Any]) -> str:
+    decibels = "equal" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f} dB"
+    share = found["agreement"]
+    return decibels if share is None else f"{decibels} and agreement {share:.4f}"
+
+
+def sensitivity_lines(table: Sensitivity) -> list[str]:
+    """Return the table of what each edge and weight costs, worst first."""
+    lines = [
+        f"SQNR in dB of the logits with only this quantized ({table.dialect}, {table.images} "
+        f"calibration images, {table.seconds:.0f} s on {table.threads} threads); "
+        f"all: {_decibels(table.everything)}",
+        f"{'unit':<24}{'input':>7}{'inner':>7}{'weights':>9}{'output':>8}{'unit':>7}"
+        f"{'all but it':>12}  share of the noise",
+    ]
+    for row, share in worst_first(table):
+        lines.append(
+            f"{row.unit:<24}{_decibels(row.input):>7}{_decibels(row.inner):>7}"
+            f"{_decibels(row.weights):>9}{_decibels(row.output):>8}{_decibels(row.exception):>7}"
+            f"{_decibels(row.without):>12}  {share:6.1%} {_shade(share)}"
+        )
+    return lines
+
+
+def worst_first(table: Sensitivity) -> list[tuple[UnitSensitivity, float]]:
+    """Return the units with their shares of the sum of all units' noises."""
+    total = sum(row.exception.noise for row in table.units) or 1.0
+    rows = sorted(table.units, key=lambda row: row.exception.noise, reverse=True)
+    return [(row, row.exception.noise / total) for row in rows]
+
+
+def _shade(share: float) -> str:
+    """Return a bar of one block for every percent, at least one."""
+    return "\N{FULL BLOCK}" * max(1, min(60, round(share * 100)))
+
+
+def _decibels(effect: Effect | None) -> str:
+    if effect is None:
+        return "-"
+    return "equal" if effect.sqnr_db is None else f"{effect.sqnr_db:.1f}"
 
 
 def gate_lines(gates: Sequence[GateResult]) -> list[str]:
@@ -79,6 +145,10 @@ def to_markdown(report: Report) -> str:
         mib=_mib,
         row_name=row_name,
         not_compared=_not_compared,
+        decibels=_decibels,
+        worst_first=worst_first,
+        shade=_shade,
+        exception_lines=_exception_lines,
     )
     return environment.get_template("report.md.j2").render(report=report)
 

@@ -125,8 +125,11 @@ def test_a_float_layer_has_no_grids_and_its_neighbours_keep_theirs() -> None:
     assert PLAN.precision == {}
 
 
-def test_exceptions_are_made_once() -> None:
-    with pytest.raises(EdgexError, match="every layer is INT8"):
+def test_exceptions_are_added_and_never_taken_back() -> None:
+    both = {"predictions": "fp32", "block1_conv1": "fp32"}
+    at_once = with_precision(GRAPH, PLAN, both)  # type: ignore[arg-type]
+    assert with_precision(GRAPH, mixed("predictions"), both) == at_once  # type: ignore[arg-type]
+    with pytest.raises(EdgexError, match="no grids to go back"):
         with_precision(GRAPH, mixed("predictions"), {"block1_conv1": "fp32"})
 
 
