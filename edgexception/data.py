@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from edgexception.calibration import load_calibration_manifest
 from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import (
@@ -116,10 +118,10 @@ def open_calibration(
             f"to {available}, or crops_per_photo to {math.ceil(spec.images / len(photos))}"
         )
     samples = _spread(photos, spec)
-    if len({value for sample in samples for value in sample.photo.extremes}) == 1:
+    if not any(sample.photo.contrast for sample in samples):
         raise BadArtifact(
-            f"{listing.what}: every pixel of the {len(samples)} calibration images has one and the "
-            "same value, so there are no ranges to find. Name real photos"
+            f"{listing.what}: each of the {len(samples)} calibration images is of one colour, as "
+            f"{samples[0].photo.name} is, so there are no ranges to find. Name real photos"
         )
     images = ImageSet(samples, None, preprocess, bad)
     if evaluation is not None:
@@ -204,7 +206,7 @@ def _check(entry: Entry, labels: dict[str, int], preprocess: Preprocess) -> Phot
         sha256=sha256,
         input_sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
         size=picture.size,
-        extremes=(int(pixels.min()), int(pixels.max())),
+        contrast=int(np.ptp(pixels, axis=(0, 1)).max()),
     )
 
 

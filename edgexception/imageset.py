@@ -47,8 +47,8 @@ class Photo(NamedTuple):
     """Of the network input made from the whole photo."""
     size: tuple[int, int]
     """Width and height in pixels."""
-    extremes: tuple[int, int]
-    """Least and greatest value of the network input."""
+    contrast: int
+    """Greatest difference between two pixels of the network input, in one channel."""
 
 
 class Sample(NamedTuple):

@@ -302,12 +302,14 @@ def test_a_bad_photo_is_replaced_by_another_within_the_bound(tmp_path):
 
 
 def test_images_without_contrast_are_refused(tmp_path):
-    for number, size in enumerate(((40, 40), (50, 50))):
-        Image.new("RGB", size, (90, 90, 90)).save(tmp_path / f"{number}.png")
+    for number, colour in enumerate(((90, 90, 90), (10, 20, 30))):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{number}.png")
     source = PhotosSource(kind="photos", path=tmp_path)
-    with pytest.raises(BadArtifact, match="one and the same value"):
+    with pytest.raises(BadArtifact, match=r"the 2 calibration images is of one colour, as 0\.png"):
         calibrate(source, 2)
-    Image.new("RGB", (50, 50), (90, 91, 90)).save(tmp_path / "1.png")
+    picture = Image.new("RGB", (40, 40), (10, 20, 30))
+    picture.putpixel((20, 20), (10, 21, 30))
+    picture.resize((71, 71)).save(tmp_path / "1.png")
     assert len(calibrate(source, 2)) == 2
 
 

@@ -64,7 +64,9 @@ def quantize_ptq(
             )
     symmetric = spec.activations == "symmetric"
     batches = _Batches(images, progress)
-    histograms = observe(graph, output_edges(graph), batches)
+    histograms = observe(
+        graph, output_edges(graph), batches, [sample.name for sample in images.samples]
+    )
     found = calibrate(
         graph,
         batches,

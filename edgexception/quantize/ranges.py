@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -102,28 +102,48 @@ def grid_of_range(low: float, high: float, symmetric: bool) -> tuple[float, int]
 
 
 def observe(
-    graph: fx.GraphModule, edges: Iterable[str], batches: Iterable[torch.Tensor]
+    graph: fx.GraphModule,
+    edges: Iterable[str],
+    batches: Iterable[torch.Tensor],
+    names: Sequence[str] = (),
 ) -> dict[str, Histogram]:
     """Run the float graph over `batches` of its input and return a histogram of every edge.
 
-    Raises BadArtifact naming the first tensor that is not finite.
+    Raises BadArtifact naming the first image (by its name, if `names` are given) and the first
+    tensor that are not finite.
     """
     histograms = {edge: Histogram() for edge in edges}
+    done = 0
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
-            if n.name in histograms:
-                if not torch.isfinite(value).all():
-                    raise BadArtifact(
-                        f"tensor {n.name} is not finite on the calibration images: the weights "
-                        "overflow there; check the preprocessing and the checkpoint"
-                    )
-                histograms[n.name].add(value)
+            if isinstance(value, torch.Tensor):
+                refuse_overflow(n.name, value, names, done)
+                if n.name in histograms:
+                    histograms[n.name].add(value)
             return value
 
     watch = Watch(graph)
     with torch.inference_mode():
         for batch in batches:
             watch.run(batch)
+            done += len(batch)
     return histograms
+
+
+def refuse_overflow(
+    tensor: str, values: torch.Tensor, names: Sequence[str], first: int = 0
+) -> None:
+    """Raise BadArtifact naming image and tensor where `values` (N, ...) are not finite.
+
+    `names` are those of all images, of which `values` has those from number `first` on.
+    """
+    if torch.isfinite(values).all():
+        return
+    bad = first + int(torch.isfinite(values).flatten(1).all(dim=1).int().argmin())
+    image = names[bad] if bad < len(names) else bad
+    raise BadArtifact(
+        f"calibration image {image}: tensor {tensor} is not finite: the weights overflow there; "
+        "check the image, the preprocessing and the checkpoint"
+    )

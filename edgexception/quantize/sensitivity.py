@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from edgexception.errors import BadArtifact
 from edgexception.imageset import ImageSet
 from edgexception.model.graph import layers, module_of, to_graph_input
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.edges import layer_outputs
 from edgexception.quantize.plan import FloatPrecision, QuantPlan
 from edgexception.quantize.precision import units_of, with_precision
+from edgexception.quantize.ranges import refuse_overflow
 from edgexception.quantize.simulate import quantize_weight
 
 BATCH = 4
@@ -305,12 +305,14 @@ def _measure(
     sums = _Sums(variants={key: _Sum() for key in variants})
     everything = variants.get(("everything", ""))
     total = (len(images) + BATCH - 1) // BATCH * len(variants)
+    names = [sample.name for sample in images.samples]
     start, done = time.monotonic(), 0
     with torch.inference_mode():
         for first, batch in zip(range(0, len(images), BATCH), images.batches(BATCH), strict=True):
             pixels = to_graph_input(torch.from_numpy(batch))
             plain = runner.run(pixels, Rounded())
-            _check_finite(plain, images, first)
+            for name, value in plain.items():
+                refuse_overflow(name, value, names, first)
             full = runner.run(pixels, everything) if everything else {}
             against = plain["output"]
             target = against if trained is None or everything is None else trained(pixels)
@@ -339,14 +341,3 @@ def _effect(found: _Sum, sums: _Sums) -> Effect:
         agreement=None if sums.outputs < 2 else found.agreed / sums.images,
         noise=noise,
     )
-
-
-def _check_finite(values: Mapping[str, torch.Tensor], images: ImageSet, first: int) -> None:
-    for name, value in values.items():
-        finite = torch.isfinite(value).flatten(1).all(dim=1)
-        if not finite.all():
-            image = images.samples[first + int(finite.int().argmin())].name
-            raise BadArtifact(
-                f"image {image}: tensor {name} is not finite: the weights overflow there; check "
-                "the image, the preprocessing and the checkpoint"
-            )

@@ -37,7 +37,7 @@ def image_set(pixels: np.ndarray = PIXELS) -> ImageSet:
     samples = []
     for number, image in enumerate(pixels):
         digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
-        photo = Photo(str(number), image, None, digest, digest, SIZE, (0, 255))
+        photo = Photo(str(number), image, None, digest, digest, SIZE, 255)
         samples.append(Sample(str(number), photo))
     return ImageSet(tuple(samples), None, Preprocess(input_size=SIZE))
 
