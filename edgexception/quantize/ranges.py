@@ -125,6 +125,7 @@ def observe(
             return value
 
     watch = Watch(graph)
+    watch.extra_traceback = False  # torch would append it to the message
     with torch.inference_mode():
         for batch in batches:
             watch.run(batch)
