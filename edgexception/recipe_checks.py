@@ -73,10 +73,12 @@ def dialects_of(recipe: Recipe) -> tuple[str, ...]:
     """Return the dialects that a recipe writes its INT8 network in; unknown names are left out."""
     names = []
     for spec in recipe.targets:
-        if "int8" in spec.precisions:
-            for runtime in spec.runtime_names:
-                with suppress(UsageError):
-                    names.append(find_runtime(spec.target, runtime).dialect)
+        with suppress(UsageError):
+            names += [
+                find_runtime(spec.target, runtime).dialect
+                for runtime in spec.runtime_names
+                if "int8" in spec.precisions
+            ]
     return tuple(dict.fromkeys((*names, *recipe.export.dialects)))
 
 
