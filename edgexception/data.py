@@ -38,22 +38,35 @@ __all__ = [
     "Sample",
     "open_calibration",
     "open_evaluation",
+    "open_photos",
     "open_training",
     "refuse_leak",
 ]
 
 
-def open_training(source: Source, preprocess: Preprocess) -> ImageSet:
-    """Open labelled photos to learn from; classes are the source's, else its labels sorted.
+def open_training(
+    source: Source, preprocess: Preprocess, classes: tuple[str, ...] | None = None
+) -> ImageSet:
+    """Open labelled photos to learn from.
 
-    Raises UsageError, BadArtifact or NotPossibleHere (see `list_source`).
+    `classes` are the network's, in the order of its logits; for None they are the source's, else
+    its labels sorted. Raises UsageError, BadArtifact or NotPossibleHere (see `list_source`).
     """
     listing = list_source(source)
     if any(entry.label is None for entry in listing.entries):
         raise UsageError(f"{listing.what}: training needs labels, and these photos have none")
-    classes = listing.classes or tuple(sorted({entry.label or "" for entry in listing.entries}))
+    classes = classes or listing.classes
+    classes = classes or tuple(sorted({entry.label or "" for entry in listing.entries}))
     photos, bad = _usable(listing, preprocess, _label_indices(listing, classes), 0)
     return ImageSet(tuple(Sample(p.name, p) for p in photos), classes, preprocess, bad)
+
+
+def open_photos(source: Source, preprocess: Preprocess) -> ImageSet:
+    """Open photos to learn from without labels; those that there are, are not looked at."""
+    listing = list_source(source)
+    bare = tuple(entry._replace(label=None) for entry in listing.entries)
+    photos, bad = _usable(listing._replace(entries=bare), preprocess, {}, 0)
+    return ImageSet(tuple(Sample(p.name, p) for p in photos), None, preprocess, bad)
 
 
 def open_evaluation(

@@ -13,17 +13,25 @@ import numpy as np
 from edgexception.artifacts import Artifact, Store
 from edgexception.bench.protocol import Engine
 from edgexception.bench.statistics import Times
-from edgexception.data import open_calibration, open_evaluation
+from edgexception.data import (
+    open_calibration,
+    open_evaluation,
+    open_photos,
+    open_training,
+    refuse_leak,
+)
 from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, local_device
 from edgexception.engine_stages import bench, build, evaluate, places_of
 from edgexception.errors import EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import fill_output, open_output
+from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
     CheckpointModel,
     PtqSpec,
+    QatSpec,
     Recipe,
     TrainedHereModel,
 )
@@ -148,6 +156,8 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
     if not isinstance(recipe.model, CheckpointModel):
         sources.append(recipe.model.source)
     if _reaches(last, "quantize"):
+        if isinstance(recipe.quantize, QatSpec) and recipe.quantize.source is not None:
+            sources.append(recipe.quantize.source)
         sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]
     for source in sources:
         folder = getattr(source, "path", None)
@@ -174,35 +184,57 @@ def _open_photos(state: _Run) -> None:
         state.labelled, state.evaluation = open_evaluation(
             recipe.evaluation, preprocess, state.card.classes
         )
-        _check_classes(state.labelled, state.card)
+        _check_classes(state.labelled, state.card, "the evaluation")
     if recipe.calibration is not None:
         state.calibration = open_calibration(
             recipe.calibration, preprocess, evaluation=state.labelled
         )
 
 
-def _check_classes(labelled: ImageSet, card: Network) -> None:
-    """Refuse the folders of an evaluation as the network's classes when their number is another."""
+def _check_classes(labelled: ImageSet, card: Network, what: str) -> None:
+    """Refuse labelled folders as the network's classes when their number is another."""
     if labelled.labels is not None and len(labelled.classes or ()) != card.outputs:
         raise UsageError(
-            f"the evaluation has {len(labelled.classes or ())} classes and the network "
+            f"{what} has {len(labelled.classes or ())} classes and the network "
             f"{card.outputs} outputs: list the class names in the order of the outputs as "
             "model.classes (--classes)"
         )
 
 
 def _quantize(state: _Run) -> None:
-    recipe = state.recipe
-    if recipe.quantize is not None and recipe.calibration is not None and state.calibration:
-        state.quantized = quantize(
-            state.shop,
-            state.model,
-            recipe.quantize,
-            recipe.calibration,
-            state.calibration,
-            _weight_bits(recipe.quantize, recipe, state.shop.machine),
-            dialects_of(recipe),
+    recipe, spec = state.recipe, state.recipe.quantize
+    if spec is None or recipe.calibration is None or state.calibration is None:
+        return
+    state.quantized = quantize(
+        state.shop,
+        state.model,
+        spec.ptq if isinstance(spec, QatSpec) else spec,
+        recipe.calibration,
+        state.calibration,
+        _weight_bits(spec, recipe, state.shop.machine),
+        dialects_of(recipe),
+    )
+    if isinstance(spec, QatSpec):
+        images = _images_to_learn(state, spec) or state.calibration
+        # Layers of ONNX Runtime write integers; those of the others only read them.
+        dialect = "onnxruntime" if "onnxruntime" in dialects_of(recipe) else "tensorrt"
+        state.quantized = train_quantized(
+            state.shop, state.model, state.quantized, spec, images, dialect
         )
+
+
+def _images_to_learn(state: _Run, spec: QatSpec) -> ImageSet | None:
+    """Return the photos of the spec's source, if it has one."""
+    if spec.source is None:
+        return None
+    if spec.distillation == 1.0:
+        images = open_photos(spec.source, state.card.preprocess)
+    else:
+        images = open_training(spec.source, state.card.preprocess, state.card.classes)
+        _check_classes(images, state.card, "quantize.source")
+    if state.labelled is not None:
+        refuse_leak(images, state.labelled, "training")
+    return images
 
 
 def _sensitivity(state: _Run) -> None:

@@ -229,6 +229,36 @@ class PtqSpec(Spec):
     """The layers that are not INT8; None is none."""
 
 
+class QatSpec(PtqSpec):
+    """INT8 quantization-aware training: the post-training result learns on."""
+
+    method: Literal["qat"]  # type: ignore[assignment]
+    source: Source | None = None
+    """Images to learn from; None takes the calibration images. Labels count only where
+    `distillation` is below 1."""
+    steps: Count = 300
+    batch_size: Count = 16
+    learning_rate: LearningRate = 0.01
+    """The peak, in levels: the most that a step moves a weight along its INT8 grid, about."""
+    distillation: Share = 1.0
+    """Share of the loss that is the distance to the float network's logits; it needs no label. The
+    rest is cross-entropy with the labels of `source`."""
+    ema: Decay = 0.0
+    """Decay of a moving average of the weights, which the network ends with; 0 is none."""
+    threads: Threads = 1
+    """Of the processor, as for training."""
+    seed: Seed = 0
+
+    @property
+    def ptq(self) -> PtqSpec:
+        """What the training starts from."""
+        fields = {name: getattr(self, name) for name in PtqSpec.model_fields}
+        return PtqSpec(**{**fields, "method": "ptq"})
+
+
+QuantizeSpec = Annotated[PtqSpec | QatSpec, Field(discriminator="method")]
+
+
 class ExportSpec(Spec):
     """How the network is written as ONNX."""
 
@@ -289,7 +319,7 @@ class Recipe(Spec):
     model: ModelSpec
     calibration: CalibrationSpec | None = None
     evaluation: EvaluationSpec | None = None
-    quantize: PtqSpec | None = None
+    quantize: QuantizeSpec | None = None
     export: ExportSpec = ExportSpec()
     targets: tuple[TargetSpec, ...] = ()
     bench: BenchSpec | None = None

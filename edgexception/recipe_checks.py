@@ -11,6 +11,7 @@ from edgexception.recipe import (
     CheckpointModel,
     IdxSource,
     PhotosSource,
+    QatSpec,
     Recipe,
     Source,
     TargetSpec,
@@ -112,6 +113,30 @@ def _half_layers_have_kernels(recipe: Recipe) -> Iterator[Fault]:
                 f"{name} has no kernels for float16 layers; write them under `fp32:`, or take "
                 f"{name} out",
             )
+
+
+def _qat_has_labels(recipe: Recipe) -> Iterator[Fault]:
+    spec = recipe.quantize
+    if not isinstance(spec, QatSpec) or spec.distillation == 1.0:
+        return
+    if spec.source is None:
+        yield Fault(
+            ("quantize", "distillation"),
+            f"is {spec.distillation:g}, so labels are needed, and calibration images have none; "
+            "add a labelled `source:`, or set it to 1.0",
+        )
+    else:
+        yield from _labelled(spec.source, ("quantize", "source"), "distillation below 1")
+
+
+def _qat_has_not_seen_the_evaluation(recipe: Recipe) -> Iterator[Fault]:
+    spec = recipe.quantize
+    if recipe.evaluation and isinstance(spec, QatSpec) and spec.source == recipe.evaluation.source:
+        yield Fault(
+            ("quantize", "source"),
+            "is the evaluation's source, too, so the measured accuracy would flatter; "
+            "train on other images",
+        )
 
 
 def _default(spec: object, name: str) -> object:
@@ -355,6 +380,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize", _percentile_is_used),
     ("quantize", _precision_is_one_way),
     ("quantize targets export", _half_layers_have_kernels),
+    ("quantize", _qat_has_labels),
+    ("quantize evaluation", _qat_has_not_seen_the_evaluation),
     ("model", _training_fits),
     ("model", _crop_is_used),
     ("model calibration evaluation", _idx_labels_are_named),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from edgexception.model.checkpoint import TrainedModel
     from edgexception.quantize.plan import QuantPlan
+    from edgexception.quantize.ptq import Quantized
 
 TORCH_BATCH = 8
 FLOAT_PARITY_DB = 60.0
@@ -53,8 +54,6 @@ def quantize(
     auto = spec.precision.auto if spec.precision else None
 
     def write(folder: Path) -> None:
-        from safetensors.torch import save_file
-
         from edgexception.model.graph import inference_graph
         from edgexception.quantize.ptq import quantize_ptq
 
@@ -64,10 +63,7 @@ def quantize(
         def report(what: str, done: int, total: int, left_s: float) -> None:
             shop.progress(Progress(what, done, total, left_s))
 
-        result = quantize_ptq(graph, spec, images, bits, report, dialects)
-        state = {name: t.contiguous() for name, t in result.graph.state_dict().items()}
-        save_file(state, folder / "weights.safetensors")
-        (folder / "plan.json").write_text(result.plan.to_json() + "\n")
+        write_quantized(quantize_ptq(graph, spec, images, bits, report, dialects), folder)
         write_calibration_manifest(
             folder / "calibration.json",
             sorted({(s.photo.name, s.photo.sha256) for s in images.samples}),
@@ -87,6 +83,15 @@ def quantize(
         "versions": versions("torch", "nncf"),
     }
     return shop.once("quantize", f"{spec.method}, {len(images)} images", inputs, write)
+
+
+def write_quantized(result: Quantized, folder: Path) -> None:
+    """Write `plan.json` and `weights.safetensors`."""
+    from safetensors.torch import save_file
+
+    state = {name: t.contiguous() for name, t in result.graph.state_dict().items()}
+    save_file(state, folder / "weights.safetensors")
+    (folder / "plan.json").write_text(result.plan.to_json() + "\n")
 
 
 def _digest(times: Path) -> str:
@@ -117,7 +122,7 @@ def sensitivity(
         loaded = load_model(model)
         trained = inference_graph(loaded.network, loaded.preprocess)
         graph = inference_graph(loaded.network, loaded.preprocess)
-        plan = _load_quantized(graph, quantized)
+        plan = load_quantized(graph, quantized)
         start = time.monotonic()
         table = measure(graph, plan, DIALECTS[dialect], images, report, trained)
         facts = {"seconds": round(time.monotonic() - start, 1), "threads": torch.get_num_threads()}
@@ -170,10 +175,10 @@ def _graph_and_plan(
     from edgexception.model.graph import inference_graph
 
     graph = inference_graph(trained.network, trained.preprocess)
-    return graph, None if quantized is None else _load_quantized(graph, quantized)
+    return graph, None if quantized is None else load_quantized(graph, quantized)
 
 
-def _load_quantized(graph: fx.GraphModule, quantized: Artifact) -> QuantPlan:
+def load_quantized(graph: fx.GraphModule, quantized: Artifact) -> QuantPlan:
     """Give a network's inference graph its weights after quantization, and return the plan."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -92,7 +92,6 @@ gates:
         "8: calibration.images: is already set at line 7; keep one of the two",
         "9: calibration.seed: is 'no', which YAML readers disagree on; write true or false, or "
         "quote the text",
-        "11: quantize.method: is 'qat'; write 'ptq'",
         "12: quantize.percentile: is 30; write a number above 50.0",
         "13: quantize.bias_correction: is the text 'true'; write true or false",
         "15: targets[0].runtimes: has 0 entries; write at least 1",

@@ -9,7 +9,7 @@ from recipe_texts import GOOD, edited, faults, write
 
 from edgexception import recipe_checks, targets
 from edgexception.errors import UsageError
-from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, Recipe
+from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, QatSpec, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
 
@@ -62,6 +62,16 @@ from edgexception.recipe_file import load_recipe
          "export.dialects[1]", "listed twice"),
         ("quantize: {method: ptq, ranges: percentile, percentile: 99.9}\n",
          "export: {dialects: [openvino]}\n", 11, "export.dialects", "nothing is quantized"),
+        ("{method: ptq, ranges: percentile, percentile: 99.9}", "{method: qat, distillation: 0.5}",
+         11, "quantize.distillation", "add a labelled `source:`"),
+        ("{method: ptq, ranges: percentile, percentile: 99.9}",
+         "{method: qat, distillation: 0.5, source: {kind: photos, path: p}}",
+         11, "quantize.source.kind", "distillation below 1 needs"),
+        ("{method: ptq, ranges: percentile, percentile: 99.9}",
+         "{method: qat, source: {kind: folder, path: photos/test}}",
+         11, "quantize.source", "the evaluation's source"),
+        ("{method: ptq, ranges: percentile, percentile: 99.9}", "{method: qat, percentile: 99.9}",
+         11, "quantize.percentile", "no effect with ranges: mse"),
     ],
 )  # fmt: skip
 def test_sections_must_fit_together(
@@ -69,6 +79,28 @@ def test_sections_must_fit_together(
 ) -> None:
     lines = faults(tmp_path, edited(old, new))
     assert any(row.startswith(f"{line}: {name}: ") and word in row for row in lines), lines
+
+
+def test_photos_alone_are_enough_for_distillation(tmp_path: Path) -> None:
+    section = "{method: qat, source: {kind: photos, path: p}, steps: 10, ema: 0.99}"
+    text = edited("{method: ptq, ranges: percentile, percentile: 99.9}", section)
+    spec = load_recipe(write(tmp_path, text)).quantize
+    assert isinstance(spec, QatSpec)
+    assert spec.ptq == PtqSpec(method="ptq")
+    assert type(spec.ptq) is PtqSpec
+
+
+def test_fine_tuning_needs_labels_and_unseen_images(tmp_path: Path) -> None:
+    model = "model: {kind: fine-tune, path: a.keras, head: [3], source: "
+    text = "name: a\n" + model + "{kind: photos, path: p}}\n"
+    (first,) = faults(tmp_path, text)
+    assert first.startswith("2: model.source.kind: photos have no labels")
+    source = "{kind: folder, path: p}"
+    text = f"name: a\n{model}{source}}}\nevaluation: {{source: {source}}}\n"
+    (first,) = faults(tmp_path, text)
+    assert first.startswith("2: model.source: is the evaluation's source, too")
+    (first,) = faults(tmp_path, f"name: a\n{model.replace('[3]', '[]')}{source}}}\n")
+    assert first.startswith("2: model.head: has 0 entries")
 
 
 def test_training_needs_labels_and_classes(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from edgexception.recipe import (
     IdxSource,
     ManifestSource,
     PtqSpec,
+    QatSpec,
     Recipe,
     TargetSpec,
     TrainedHereModel,
@@ -147,6 +148,13 @@ RECIPE = st.builds(
         ranges=st.just("percentile"),
         percentile=st.floats(50.01, 100),
         weight_bits=st.sampled_from(["auto", 7, 8]),
+    )
+    | st.builds(
+        QatSpec,
+        method=st.just("qat"),
+        source=st.none() | SOURCES,
+        steps=INTS,
+        ema=st.floats(0, 0.9999),
     ),
     targets=st.just((TargetSpec(target="cpu-x86", runtimes=("openvino",), threads=2),)),
     bench=st.builds(BenchSpec, batch_sizes=st.lists(INTS, min_size=1, unique=True).map(tuple)),

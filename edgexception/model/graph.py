@@ -43,6 +43,7 @@ def inference_graph(network: Xception, preprocess: Preprocess) -> fx.GraphModule
         if node.op == "placeholder":
             _rename_input(folded.graph, node)
             continue
+        node.type = None  # the output's is an annotation as text, with which a graph cannot pickle
         module = folded.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.BatchNorm2d):
             producer = cast(fx.Node, node.args[0])

@@ -27,7 +27,7 @@ BATCH = 8
 Report = Callable[[str, int, int, float], None]
 """Called with (what, batches done, batches in all, seconds left) of each pass over the images."""
 
-_BIAS_LIMIT = 2**30
+BIAS_LIMIT = 2**30
 """Largest |bias| in integer steps, well inside the int32 of the runtimes that quantize biases."""
 
 
@@ -176,7 +176,7 @@ def _weights(
         if layer.bias is not None:
             # A channel with nearly no weights lets its scale grow until its bias fits 32 bits.
             bias = np.abs(layer.bias.detach().double().numpy())
-            scales = np.maximum(scales, bias / (readers[name].scale * _BIAS_LIMIT))
+            scales = np.maximum(scales, bias / (readers[name].scale * BIAS_LIMIT))
         result[name] = WeightQuant.model_validate(
             {"scales": tuple(float(s) for s in np.float32(scales)), "bits": bits}
         )

@@ -40,8 +40,8 @@ def _forward(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     centered = x - mean.view(1, -1, 1, 1)
     variance = add_up((centered**2).sum(dim=(0, 2, 3))) / count
     with torch.no_grad():
-        share = cast(float, norm.momentum)
-        cast(torch.Tensor, norm.num_batches_tracked).add_(1)
+        seen = cast(torch.Tensor, norm.num_batches_tracked).add_(1)
+        share = norm.momentum if norm.momentum is not None else 1.0 / float(seen)
         cast(torch.Tensor, norm.running_mean).lerp_(mean, share)
         cast(torch.Tensor, norm.running_var).lerp_(variance * count / (count - 1), share)
     factor = norm.weight * torch.rsqrt(variance + norm.eps)

@@ -14,17 +14,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import distributed
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 
 from edgexception.errors import NotPossibleHere, UsageError
 
 _PATIENCE = timedelta(days=7)
 """How long a rank waits for the others: rank 0 may be measuring engines meanwhile. A process that
 has ended is noticed at once, by its closed connection."""
+
+
+_MEETING = timedelta(minutes=5)
+"""How long all ranks have to find each other."""
 
 
 class Diverged(UsageError):
@@ -111,7 +115,10 @@ def _connect() -> None:
     if gpu:
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    distributed.init_process_group(backend, timeout=_PATIENCE)
+    store, number, count = next(rendezvous("env://", timeout=_MEETING))
+    distributed.init_process_group(
+        backend, store=store, rank=number, world_size=count, timeout=_PATIENCE
+    )
 
 
 def _tell(job: Job | None) -> None:
@@ -128,7 +135,30 @@ def add_up(values: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes; gradients flow back through it."""
     if size() == 1:
         return values
-    return cast(torch.Tensor, all_reduce(values))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, _Sum.apply(values))  # type: ignore[no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
+    """What every process adds to the sum moves the losses of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> Any:
+        return _summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _summed(gradients[0])
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    try:
+        distributed.all_reduce(total)
+    except RuntimeError as error:
+        raise NotPossibleHere(
+            "another process of this training has ended; its own message says why"
+        ) from error
+    return total
 
 
 def add_up_gradients(parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
@@ -137,13 +167,7 @@ def add_up_gradients(parameters: Sequence[torch.nn.Parameter], loss: float) -> f
         return loss
     gradients = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
     last = torch.tensor([loss], device=gradients[0].device)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), last])
-    try:
-        distributed.all_reduce(flat)
-    except RuntimeError as error:
-        raise NotPossibleHere(
-            "another process of this training has ended; its own message says why"
-        ) from error
+    flat = _summed(torch.cat([*(gradient.flatten() for gradient in gradients), last]))
     done = 0
     for gradient in gradients:
         gradient.copy_(flat[done : done + gradient.numel()].view_as(gradient))
