@@ -175,12 +175,16 @@ def ptq(**precision: Any) -> QuantPlan:
         layer, trained = layers(result.graph)[name], layers(GRAPH)[name]
         assert torch.equal(layer.weight, trained.weight)
         assert (layer.bias is None) == (trained.bias is None)
+        assert trained.bias is None or torch.equal(layer.bias, trained.bias)
     return result.plan
 
 
 def test_ptq_keeps_named_layers_in_float_with_their_trained_numbers() -> None:
     plan = ptq(fp32=["block3_sepconv2"], fp16=["predictions"])
     assert plan.precision == {**dict.fromkeys(PLANTED, "fp32"), "predictions": "fp16"}
+    int8 = quantize_ptq(GRAPH, PtqSpec(method="ptq"), image_set(PIXELS), 8).graph
+    corrected, trained = (layers(g)[PLANTED[1]].bias for g in (int8, GRAPH))
+    assert not torch.equal(corrected, trained)  # else nothing was given back above
     assert not set(plan.precision).intersection(plan.weights)
 
 

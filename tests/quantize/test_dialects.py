@@ -7,6 +7,7 @@ from narrow import minmax_plan, random_images, small_graph
 
 from edgexception.errors import UsageError
 from edgexception.quantize.dialects import DIALECTS, check_plan, rounded_reads, written_grids
+from edgexception.quantize.precision import with_precision
 from edgexception.targets import load_dialects
 
 GRAPH = small_graph()
@@ -64,3 +65,15 @@ def test_sums_are_read_in_float_by_adds_and_rounded_by_layers() -> None:
     assert reads["block2_add"] == {"block3_shortcut"}
     assert reads["block3_shortcut"] == {"block3_add"}
     assert reads["block3_sepconv2_pointwise"] == {"block3_pool"}
+
+
+def test_what_a_float_layer_writes_is_rounded_for_int8_layers_alone() -> None:
+    dialect = DIALECTS["onnxruntime"]
+    readers = {"block2_sepconv1_depthwise", "block2_shortcut"}
+    for names, rounded in (
+        (("block2_shortcut",), readers),  # INT8 writes integers, which everyone reads
+        (("block1_conv2", "block2_shortcut"), {"block2_sepconv1_depthwise"}),
+    ):
+        plan = with_precision(GRAPH, ASYMMETRIC, dict.fromkeys(names, "fp32"))
+        reads = rounded_reads(GRAPH, plan, written_grids(GRAPH, plan, dialect), dialect)
+        assert reads["block1_conv2_act"] == rounded
