@@ -238,8 +238,10 @@ class QatSpec(PtqSpec):
     `distillation` is below 1."""
     steps: Count = 300
     batch_size: Count = 16
-    learning_rate: LearningRate = 0.01
-    """The peak, in levels: the most that a step moves a weight along its INT8 grid, about."""
+    learning_rate: LearningRate = 0.004
+    """The peak, in levels: the most that a step moves a weight along its INT8 grid, about.
+    Full-size Xception, 26.5 dB before, 60 steps: 28.7 dB with 0.003, 28.2 with 0.01, 25.6 with
+    0.03."""
     distillation: Share = 1.0
     """Share of the loss that is the distance to the float network's logits; it needs no label. The
     rest is cross-entropy with the labels of `source`."""

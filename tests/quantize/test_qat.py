@@ -18,10 +18,10 @@ from edgexception.errors import UsageError
 from edgexception.model.graph import layers, to_graph_input
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.edges import layer_outputs
-from edgexception.quantize.plan import QuantPlan
-from edgexception.quantize.ptq import Quantized
-from edgexception.quantize.qat import _round, fake_quantized, quantize_qat
-from edgexception.quantize.simulate import quantize_bias, quantize_weight, simulate
+from edgexception.quantize.plan import ActivationQuant, QuantPlan, WeightQuant
+from edgexception.quantize.ptq import BIAS_LIMIT, Quantized
+from edgexception.quantize.qat import _round, _RoundedLayer, fake_quantized, quantize_qat
+from edgexception.quantize.simulate import quantize_weight, simulate
 from edgexception.recipe import QatSpec
 from edgexception.train.loop import fit
 from edgexception.train.state import Keeper
@@ -231,21 +231,22 @@ def test_the_plan_computes_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_bias_still_fits_32_bits() -> None:
-    start = coarse(factor=1.0)
-    name = "block1_conv1"
+    """A channel with nearly no weights has the scale that its bias needs; it learned a smaller."""
+    layer = nn.Conv2d(3, 2, 1)
     with torch.no_grad():
-        layers(start.graph)[name].weight[1] *= 1e-12
-        layers(start.graph)[name].bias[1] = 5.0
-    scales = list(start.plan.weights[name].scales)
-    scales[1] = 5.0 / 2**30  # as PTQ leaves it
-    grid = start.plan.weights[name].model_copy(update={"scales": tuple(scales)})
-    plan = start.plan.model_copy(update={"weights": {**start.plan.weights, name: grid}})
-    spec = spec_of(learning_rate=10.0, steps=6)
-    learned = quantize_qat(start.graph, Quantized(start.graph, plan), spec, IMAGES, TENSORRT)
-    for layer_name, layer in layers(learned.graph).items():
-        if layer.bias is not None:
-            steps = np.float32(learned.plan.weights[layer_name].scales)
-            quantize_bias(layer_name, layer.bias, steps)
+        layer.bias.copy_(torch.tensor([0.1, -5.0]))
+    grid = WeightQuant(scales=(0.01, 5.0 / BIAS_LIMIT))
+    source = ActivationQuant(scale=1.0, zero_point=0, signed=True, role="input")
+    rounded = _RoundedLayer(layer, grid, source)
+    with torch.no_grad():
+        rounded.exponent.fill_(-3.0)
+        weight, scales, bias = rounded.snapped(source.scale)
+    assert float(scales[0]) == pytest.approx(0.01 * np.exp(-3.0))
+    assert bias is not None
+    assert float((bias.abs() / scales).max()) == pytest.approx(BIAS_LIMIT, rel=1e-5)
+    assert torch.equal(
+        weight, torch.round(weight / scales.view(2, 1, 1, 1)) * scales.view(2, 1, 1, 1)
+    )
 
 
 def test_what_it_was_given_is_not_changed() -> None:
@@ -289,5 +290,5 @@ def test_numbers_that_overflow() -> None:
     graph = small_graph()
     with torch.no_grad():
         layers(graph)["predictions"].bias.fill_(float("inf"))
-    with pytest.raises(UsageError, match=r"quantize\.learning_rate below 0\.01"):
+    with pytest.raises(UsageError, match=r"quantize\.learning_rate below 0\.004"):
         quantize_qat(graph, start, spec_of(), IMAGES, TENSORRT)
