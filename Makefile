@@ -37,7 +37,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python recipes/fetch_kitchenware.py
-	$(BIN)/python tests/benchmarks/static_peer.py
+	$(BIN)/python tests/benchmarks/peers.py
 
 clean:
 	rm -rf $(VENV) build .data .mypy_cache .ruff_cache
