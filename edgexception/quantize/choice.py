@@ -62,7 +62,9 @@ def choose(
                 for change in _roundings(edge, profile, move, symmetric)
             ]
             for edge in plan_edges(graph)
-        } | dict(_weight_changes(graph, moves))
+        }
+        for reader, pair in _weight_changes(graph, moves):
+            changes.setdefault(reader, []).extend(pair)
         for name, found in effects(graph, judges, changes).items():
             totals[name] = totals[name] + found / 2 if name in totals else found / 2
     kept = [move for move in moves if _helps(graph, move, totals)]
@@ -83,7 +85,7 @@ def _before_and_after(movable: Mapping[str, Move], edge: str) -> tuple[Move | No
 
 
 def _part(found: npt.NDArray[np.float64], *, after: bool) -> npt.NDArray[np.float64]:
-    return found[len(SHARES) :] if after else found[: len(SHARES)]
+    return found[len(SHARES) : 2 * len(SHARES)] if after else found[: len(SHARES)]
 
 
 def _helps(
@@ -93,7 +95,7 @@ def _helps(
     edges = [tensor for tensor in move.group.tensors if tensor in input_edges(graph)]
     before, after = (
         sum(float(_part(totals[edge], after=moved).min()) for edge in edges)
-        + sum(float(totals[reader][int(moved)]) for reader in _mixing(graph, move))
+        + sum(float(totals[reader][-1 if moved else -2]) for reader in _mixing(graph, move))
         for moved in (False, True)
     )
     return after < (1 - LEAST_GAIN) * before
@@ -154,6 +156,7 @@ def _output_change(layer: nn.Conv2d | nn.Linear, source: str, error: torch.Tenso
         x = values[source]
         if isinstance(layer, nn.Linear):
             return nn.functional.linear(x, error)
-        return layer._conv_forward(x, error, None)
+        changed: torch.Tensor = layer._conv_forward(x, error, None)
+        return changed
 
     return change
