@@ -218,13 +218,18 @@ class PtqSpec(Spec):
     method: Literal["ptq"]
     activations: Activations = "asymmetric"
     """asymmetric: uint8 with a zero point. symmetric: int8, zero point 0, as TensorRT needs."""
-    ranges: Literal["minmax", "percentile", "mse"] = "mse"
+    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    """auto: chosen per tensor by its measured effect on the logits. The others: one method for
+    all tensors, as NNCF computes it."""
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     """The upper percentile of `ranges: percentile`; the lower one mirrors it."""
     weight_bits: Literal["auto", 7, 8] = "auto"
     """7 avoids the int16 saturation of OpenVINO on x86 processors without VNNI; auto is 7 where a
     target has both, else 8."""
+    equalization: bool = True
+    """Rescale channels where that is exact and measurably helps."""
     bias_correction: bool = True
+    """Bring the mean of every layer's output back to the float network's."""
     precision: PrecisionSpec | None = None
     """The layers that are not INT8; None is none."""
 

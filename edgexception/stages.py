@@ -180,14 +180,21 @@ def _graph_and_plan(
 
 def load_quantized(graph: fx.GraphModule, quantized: Artifact) -> QuantPlan:
     """Give a network's inference graph its weights after quantization, and return the plan."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    from torch import nn
 
+    from edgexception.model.graph import layers
     from edgexception.quantize.plan import load_plan
 
     path = quantized.file("weights.safetensors")
     try:
-        graph.load_state_dict(load_file(path))
+        state = load_file(path)
+        for name, layer in layers(graph).items():
+            if layer.bias is None and f"{name}.bias" in state:  # equalization adds some
+                layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]), requires_grad=False)
+        graph.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise BadArtifact(
             f"{path}: does not hold this network's weights; remove {path.parent} to quantize again"

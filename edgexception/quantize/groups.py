@@ -15,6 +15,7 @@ have one scale per output channel; other readers mix channels and pay for unequa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -46,30 +47,13 @@ def channel_groups(graph: fx.GraphModule) -> list[ChannelGroup]:
     A group that some other operation reads or writes (an ELU, say) is left out: it is not free.
     """
     weighted = layers(graph)
-    owner: dict[str, str] = {}  # tensor -> a representative tensor of its group
-
-    def find(name: str) -> str:
-        while owner[name] != name:
-            name = owner[name]
-        return name
-
-    fixed = {INPUT}
-    for node in graph.graph.nodes:
-        owner[node.name] = node.name
-        if node.op == "output":
-            fixed.update(source.name for source in node.all_input_nodes)
-        elif node.op == "call_module" and node.name not in weighted:
-            for source in node.all_input_nodes:
-                if isinstance(module_of(graph, node), _COMMUTES):
-                    owner[find(source.name)] = find(node.name)
-                else:
-                    fixed.update((source.name, node.name))
-    frozen = {find(name) for name in fixed}
+    root = _roots(graph)
+    frozen = {root[name] for name in _fixed(graph)}
     groups: dict[str, ChannelGroup] = {}
     for node in graph.graph.nodes:
-        if node.op == "output" or (root := find(node.name)) in frozen:
+        if node.op == "output" or root[node.name] in frozen:
             continue
-        group = groups.setdefault(root, ChannelGroup())
+        group = groups.setdefault(root[node.name], ChannelGroup())
         group.tensors.append(node.name)
         if node.name in weighted:
             group.writers.append(node.name)
@@ -79,6 +63,44 @@ def channel_groups(graph: fx.GraphModule) -> list[ChannelGroup]:
             _padded(weighted[name]) for name in group.readers
         )
     return [group for group in groups.values() if group.readers]
+
+
+def _roots(graph: fx.GraphModule) -> dict[str, str]:
+    """Return for every tensor a tensor that stands for all which share its channels."""
+    owner: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while owner[name] != name:
+            name = owner[name]
+        return name
+
+    for node in graph.graph.nodes:
+        owner[node.name] = node.name
+        if _commutes(graph, node):
+            for source in node.all_input_nodes:
+                owner[find(source.name)] = node.name
+    return {name: find(name) for name in owner}
+
+
+def _fixed(graph: fx.GraphModule) -> Iterator[str]:
+    """Yield tensors whose channels must stay: the photo, the logits, and around other operations."""
+    weighted = layers(graph)
+    yield INPUT
+    for node in graph.graph.nodes:
+        if node.name in weighted:
+            if not (is_depthwise(weighted[node.name]) or _mixes_all(weighted[node.name])):
+                yield from (source.name for source in node.all_input_nodes)
+        elif not _commutes(graph, node):
+            yield node.name
+            yield from (source.name for source in node.all_input_nodes)
+
+
+def _commutes(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module_of(graph, node), _COMMUTES)
+
+
+def _mixes_all(layer: nn.Conv2d | nn.Linear) -> bool:
+    return isinstance(layer, nn.Linear) or layer.groups == 1
 
 
 def _padded(layer: nn.Conv2d | nn.Linear) -> bool:

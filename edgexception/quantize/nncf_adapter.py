@@ -13,10 +13,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-import numpy as np
 import rich
 import torch
 from torch import fx, nn
@@ -50,15 +48,6 @@ _NOT_INPUT_EDGES = ("add", "mean", "relu", "elu", "max_pool2d")
 _ROOT = "network"
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """What NNCF found: input edges' ranges, layers' 8-bit weight scales and corrected biases."""
-
-    ranges: dict[str, tuple[float, float]]
-    weight_scales: dict[str, tuple[float, ...]]
-    biases: dict[str, torch.Tensor]
-
-
 class _Network(nn.Module):
     """A plain module around the graph: NNCF treats a bare GraphModule as an exported program."""
 
@@ -85,8 +74,7 @@ def calibrate(
     symmetric: bool,
     ranges: Literal["minmax", "percentile", "mse"],
     percentile: float,
-    bias_correction: bool,
-) -> Calibrated:
+) -> dict[str, tuple[float, float]]:
     """Run NNCF's PTQ over `batches` of the graph's input; `graph` itself is not changed.
 
     NNCF goes over the batches several times. `percentile` is NNCF's: the mean of the batches' own.
@@ -99,11 +87,10 @@ def calibrate(
                 nncf.QuantizationPreset.PERFORMANCE if symmetric else nncf.QuantizationPreset.MIXED
             ),
             subset_size=len(batches),
-            fast_bias_correction=True,
             ignored_scope=nncf.IgnoredScope(types=list(_NOT_INPUT_EDGES), validate=False),
             advanced_parameters=AdvancedQuantizationParameters(
                 overflow_fix=OverflowFix.DISABLE,
-                disable_bias_correction=not bias_correction,
+                disable_bias_correction=True,
                 activations_quantization_params=QuantizationParameters(per_channel=False),
                 activations_range_estimator_params=_range_estimator(ranges, percentile),
             ),
@@ -150,33 +137,27 @@ def _quiet_eager_nncf() -> Iterator[None]:
         console.quiet = drawn
 
 
-def _read(graph: fx.GraphModule, quantized: nn.Module) -> Calibrated:
+def _read(graph: fx.GraphModule, quantized: nn.Module) -> dict[str, tuple[float, float]]:
     """Map NNCF's hooks back to edges and layers; anything unexpected is a bug, never dropped."""
     edges = input_edges(graph)
     readers = {reader: edge for edge, names in edges.items() for reader in names}
     ranges: dict[str, tuple[float, float]] = {}
-    weight_scales: dict[str, tuple[float, ...]] = {}
+    weights: set[str] = set()
     for key, module in quantized.named_modules():
         if not isinstance(module, BaseQuantizer):
             continue
         kind, node, port = _location(key)
         if kind == "pre_hooks" and port == 1:
-            weight_scales[node] = _weight_scales(module)
+            weights.add(node)
         else:
             edge = readers[node] if kind == "pre_hooks" else node
             ranges[edge] = _activation_range(module)
-    if set(ranges) != set(edges) or set(weight_scales) != set(layers(graph)):
+    if set(ranges) != set(edges) or weights != set(layers(graph)):
         raise EdgexError(
             "NNCF quantized other tensors than the plan's: "
-            f"{sorted(set(ranges) ^ set(edges))} {sorted(set(weight_scales) ^ set(layers(graph)))}"
+            f"{sorted(set(ranges) ^ set(edges))} {sorted(weights ^ set(layers(graph)))}"
         )
-    network = cast(fx.GraphModule, quantized.get_submodule(_ROOT))
-    biases = {
-        name: layer.bias.detach().clone()
-        for name, layer in layers(network).items()
-        if layer.bias is not None
-    }
-    return Calibrated(ranges, weight_scales, biases)
+    return ranges
 
 
 def _location(key: str) -> tuple[str, str, int]:
@@ -195,9 +176,3 @@ def _activation_range(quantizer: BaseQuantizer) -> tuple[float, float]:
     symmetric = cast(SymmetricQuantizer, quantizer)
     high = float(symmetric.scale.detach())
     return (-high if symmetric.signed else 0.0), high
-
-
-def _weight_scales(quantizer: BaseQuantizer) -> tuple[float, ...]:
-    """NNCF's scale is the value of the highest level; ours is the value of one level."""
-    highest = cast(SymmetricQuantizer, quantizer).scale.detach().flatten().double().numpy()
-    return tuple(float(v) for v in np.float32(highest / quantizer.level_high))

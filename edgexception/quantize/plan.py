@@ -102,6 +102,10 @@ class Provenance(_Data):
     method: str
     activations: Literal["asymmetric", "symmetric"]
     ranges: str
+    shares: dict[str, float] = {}
+    """`ranges: auto`: the range of each tensor over the one that calibration saw."""
+    equalized: dict[str, str] = {}
+    """How channels were rescaled, by the first tensor of their group."""
     bias_correction: bool
     images: int
     calibration_digest: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
-from edgexception.errors import BadArtifact
+from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, to_graph_input
 from edgexception.quantize.auto_precision import choose_precision, dialects_for
+from edgexception.quantize.biases import correct_biases
+from edgexception.quantize.choice import Choice, choose
 from edgexception.quantize.edges import input_edges, output_edges
-from edgexception.quantize.nncf_adapter import Calibrated, calibrate
+from edgexception.quantize.equalize import Profile, apply_moves, propose
+from edgexception.quantize.nncf_adapter import calibrate
 from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
 from edgexception.quantize.precision import resolve, with_float_layers, with_precision
 from edgexception.quantize.ranges import grid_of_range, observe
@@ -27,6 +30,12 @@ BATCH = 8
 Report = Callable[[str, int, int, float], None]
 """Called with (what, batches done, batches in all, seconds left) of each pass over the images."""
 
+BIAS_IMAGES = 64
+"""How many calibration images biases are corrected on; their tensors are in memory at once."""
+PHOTO_RANGE = (0.0, 255.0)
+"""Stands for the photo's own integers, whose grid is known."""
+LEAST_WEIGHT = 1e-30
+"""Weights below are none: any grid serves them."""
 BIAS_LIMIT = 2**30
 """Largest |bias| in integer steps, well inside the int32 of the runtimes that quantize biases."""
 
@@ -63,35 +72,32 @@ def quantize_ptq(
                 "the checkpoint is damaged or its training diverged"
             )
     symmetric = spec.activations == "symmetric"
-    batches = _Batches(images, progress)
-    histograms = observe(
-        graph, output_edges(graph), batches, [sample.name for sample in images.samples]
-    )
-    found = calibrate(
-        graph,
-        batches,
-        symmetric=symmetric,
-        ranges=spec.ranges,
-        percentile=spec.percentile,
-        bias_correction=spec.bias_correction,
-    )
+    names = [sample.name for sample in images.samples]
+    observe(graph, (), _Batches(images, progress, "check"), names)
+    choice = _choice(graph, spec, images, progress)
+    moved = apply_moves(graph, choice.moves)
+    outputs = set(output_edges(graph))
     activations = {
-        edge: _activation(edge, found.ranges[edge], symmetric, "input")
-        for edge in input_edges(graph)
-    } | {
-        edge: _activation(
-            edge, histogram.range(spec.ranges, spec.percentile, symmetric), symmetric, "output"
-        )
-        for edge, histogram in histograms.items()
+        edge: _activation(edge, found, symmetric, "output" if edge in outputs else "input")
+        for edge, found in _ranges(moved, spec, images, choice, progress).items()
     }
-    corrected = _with_biases(graph, found)
+    corrected = moved
+    if spec.bias_correction:
+        corrected = correct_biases(
+            moved,
+            activations,
+            _weights(moved, activations, weight_bits),
+            _Batches(_first(images, BIAS_IMAGES), progress, "bias correction"),
+        )
     plan = QuantPlan(
         activations=activations,
-        weights=_weights(corrected, found, activations, weight_bits),
+        weights=_weights(corrected, activations, weight_bits),
         provenance=Provenance(
             method="ptq",
             activations=spec.activations,
             ranges=spec.ranges,
+            shares=choice.shares if spec.ranges == "auto" else {},
+            equalized={move.group.tensors[0]: move.how for move in choice.moves},
             bias_correction=spec.bias_correction,
             images=len(images),
             calibration_digest=images.digest,
@@ -100,32 +106,95 @@ def quantize_ptq(
     )
     if precision.auto is not None:
         asked = dialects_for(plan, dialects)
-        plan = choose_precision(corrected, graph, plan, precision.auto, images, asked, progress)
+        plan = choose_precision(corrected, moved, plan, precision.auto, images, asked, progress)
     elif named:
-        plan = with_precision(graph, plan, named)
-    return Quantized(with_float_layers(corrected, graph, plan.precision), plan)
+        plan = with_precision(moved, plan, named)
+    return Quantized(with_float_layers(corrected, moved, plan.precision), plan)
 
 
 class _Batches:
-    """The calibration images as the graph's input, decoded anew in every pass over them."""
+    """Calibration images as the graph's input, decoded anew in every pass over them."""
 
-    def __init__(self, images: ImageSet, progress: Report | None) -> None:
+    def __init__(self, images: ImageSet, progress: Report | None, what: str) -> None:
         self.images = images
         self.progress = progress
-        self.passes = 0
+        self.what = what
 
     def __len__(self) -> int:
         return (len(self.images) + BATCH - 1) // BATCH
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        self.passes += 1
-        what = f"calibration, pass {self.passes}"
         start = time.monotonic()
         for done, batch in enumerate(self.images.batches(BATCH)):
             if self.progress is not None and done:
                 left = (time.monotonic() - start) / done * (len(self) - done)
-                self.progress(what, done, len(self), left)
+                self.progress(self.what, done, len(self), left)
             yield to_graph_input(torch.from_numpy(batch))
+
+
+def _choice(
+    graph: fx.GraphModule, spec: PtqSpec, images: ImageSet, progress: Report | None
+) -> Choice:
+    """Find the moves and ranges that measure best; nothing is measured where neither is asked."""
+    if spec.ranges != "auto" and not spec.equalization:
+        return Choice([], {}, {}, {})
+    halves = _halves(images)
+    profiles = [
+        Profile.of(graph, _Batches(half, progress, f"channels, half {number}"))
+        for number, half in enumerate(halves, start=1)
+    ]
+    moves = propose(graph, Profile.merged(profiles)) if spec.equalization else []
+    folds = [
+        _Batches(half, progress, f"choice, half {number}")
+        for number, half in enumerate(halves, start=1)
+    ]
+    return choose(graph, moves, profiles, folds, spec.activations == "symmetric")
+
+
+def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Split a set in two that share no photo, so that one can judge what the other proposes."""
+    photos = list(dict.fromkeys(sample.photo.sha256 for sample in images.samples))
+    if len(photos) < 2:
+        raise UsageError(
+            f"the calibration set has {len(photos)} photo: ranges and equalization are chosen on "
+            "photos that they were not made from, and that takes 2. Give more photos, or set "
+            "`ranges: minmax` and `equalization: false`"
+        )
+    parity = {photo: number % 2 for number, photo in enumerate(photos)}
+    first, second = (
+        dataclasses.replace(
+            images,
+            samples=tuple(s for s in images.samples if parity[s.photo.sha256] == half),
+        )
+        for half in (0, 1)
+    )
+    return first, second
+
+
+def _first(images: ImageSet, count: int) -> ImageSet:
+    return dataclasses.replace(images, samples=images.samples[:count])
+
+
+def _ranges(
+    graph: fx.GraphModule,
+    spec: PtqSpec,
+    images: ImageSet,
+    choice: Choice,
+    progress: Report | None,
+) -> dict[str, tuple[float, float]]:
+    """Return the range of every edge: as chosen, or by one method for all of them."""
+    batches = _Batches(images, progress, "ranges")
+    if spec.ranges == "auto":
+        return {INPUT: PHOTO_RANGE} | choice.ranges
+    symmetric = spec.activations == "symmetric"
+    histograms = observe(graph, output_edges(graph), batches)
+    found = calibrate(
+        graph, batches, symmetric=symmetric, ranges=spec.ranges, percentile=spec.percentile
+    )
+    return found | {
+        edge: histogram.range(spec.ranges, spec.percentile, symmetric)
+        for edge, histogram in histograms.items()
+    }
 
 
 def _activation(
@@ -146,33 +215,15 @@ def _activation(
     )
 
 
-def _with_biases(graph: fx.GraphModule, found: Calibrated) -> fx.GraphModule:
-    """Return the graph with NNCF's biases, but for the layer that reads the photo itself.
-
-    NNCF corrects what a layer's mean input does to its output. The photo's edge is exact, and the
-    mean of a photo is no photo: on images with a dark border the correction of that one layer cost
-    6 dB of logit SQNR (recipes/digits.yaml), on photos 0 to 1 dB (recipes/kitchenware.yaml).
-    """
-    corrected = copy.deepcopy(graph)
-    exact = input_edges(graph)[INPUT]
-    for name, layer in layers(corrected).items():
-        if name in found.biases and name not in exact:
-            layer.bias = nn.Parameter(found.biases[name], requires_grad=False)
-    return corrected
-
-
 def _weights(
-    graph: fx.GraphModule,
-    found: Calibrated,
-    activations: dict[str, ActivationQuant],
-    bits: int,
+    graph: fx.GraphModule, activations: dict[str, ActivationQuant], bits: int
 ) -> dict[str, WeightQuant]:
+    """Return the grids that reach the largest weight of every output channel."""
     readers = {r: activations[edge] for edge, names in input_edges(graph).items() for r in names}
     result = {}
     for name, layer in layers(graph).items():
-        scales = np.array(found.weight_scales[name], dtype=np.float64)
-        if bits == 7:
-            scales *= 127 / 64
+        largest = layer.weight.detach().abs().flatten(1).amax(dim=1).double().numpy()
+        scales = np.where(largest > LEAST_WEIGHT, largest, 1.0) / (127 if bits == 8 else 64)
         if layer.bias is not None:
             # A channel with nearly no weights lets its scale grow until its bias fits 32 bits.
             bias = np.abs(layer.bias.detach().double().numpy())
