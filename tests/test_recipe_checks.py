@@ -71,7 +71,7 @@ from edgexception.recipe_file import load_recipe
          "{method: qat, source: {kind: folder, path: photos/test}}",
          11, "quantize.source", "the evaluation's source"),
         ("{method: ptq, ranges: percentile, percentile: 99.9}", "{method: qat, percentile: 99.9}",
-         11, "quantize.percentile", "no effect with ranges: mse"),
+         11, "quantize.percentile", "no effect with ranges: auto"),
     ],
 )  # fmt: skip
 def test_sections_must_fit_together(

@@ -83,7 +83,7 @@ def _roots(graph: fx.GraphModule) -> dict[str, str]:
 
 
 def _fixed(graph: fx.GraphModule) -> Iterator[str]:
-    """Yield tensors whose channels must stay: the photo, the logits, and around other operations."""
+    """Yield tensors whose channels must stay: photo, logits, what other operations touch."""
     weighted = layers(graph)
     yield INPUT
     for node in graph.graph.nodes:
