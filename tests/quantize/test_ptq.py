@@ -10,14 +10,14 @@ import pytest
 import torch
 from narrow import SMALL, random_images, run_torch, small_graph, sqnr_db
 
-from edgexception.errors import BadArtifact
+from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet, Photo, Sample
 from edgexception.model.graph import layers, to_graph_input
 from edgexception.preprocess import Preprocess
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.edges import input_edges, output_edges
 from edgexception.quantize.nncf_adapter import Calibrated, calibrate
-from edgexception.quantize.ptq import Quantized, quantize_ptq
+from edgexception.quantize.ptq import Quantized, _halves, quantize_ptq
 from edgexception.quantize.ranges import observe
 from edgexception.quantize.simulate import quantize_bias, quantize_weight, simulate
 from edgexception.recipe import PtqSpec
@@ -203,3 +203,20 @@ def test_photos_of_one_colour_calibrate() -> None:
         small_graph(), PtqSpec(method="ptq"), image_set(np.full((2, *SIZE, 3), 90, np.uint8)), 8
     )
     assert all(np.isfinite(grid.scale) for grid in result.plan.activations.values())
+
+
+@pytest.mark.parametrize("asked", [{}, {"ranges": "minmax"}, {"equalization": False}])
+def test_one_photo_cannot_be_judged_by_another(asked: dict[str, object]) -> None:
+    spec = PtqSpec.model_validate({"method": "ptq", "ranges": "auto", "equalization": True} | asked)
+    twice = np.concatenate((PIXELS[:1], PIXELS[:1]))  # one photo under two names
+    with pytest.raises(UsageError, match=r"1 photo.*Give more photos, or set `ranges: minmax`"):
+        quantize_ptq(small_graph(), spec, image_set(twice), 8)
+
+
+def test_halves_share_no_photo() -> None:
+    whole = image_set(np.concatenate((PIXELS, PIXELS[:5])))
+    halves = _halves(whole)
+    first, second = ({s.photo.sha256 for s in half.samples} for half in halves)
+    assert not first & second
+    assert sum(len(half) for half in halves) == len(whole)
+    assert len(first) == len(second) == len(PIXELS) // 2
