@@ -102,9 +102,10 @@ def test_a_move_is_really_made() -> None:
     rescale(moved, group, factors, shift)
     before, after = tensors_of(graph), tensors_of(moved)
     for name, value in before.items():
+        expected = value.double()
         if name in group.tensors:
-            value = (value - shift.view(-1, 1, 1)) * factors.view(-1, 1, 1)
-        torch.testing.assert_close(after[name], value.float(), rtol=1e-3, atol=1e-4)
+            expected = (expected - shift.view(-1, 1, 1)) * factors.view(-1, 1, 1)
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def tensors_of(graph: fx.GraphModule) -> dict[str, torch.Tensor]:

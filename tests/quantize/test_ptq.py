@@ -10,14 +10,14 @@ import pytest
 import torch
 from narrow import SMALL, random_images, run_torch, small_graph, sqnr_db
 
-from edgexception.errors import BadArtifact, UsageError
+from edgexception.errors import BadArtifact
 from edgexception.imageset import ImageSet, Photo, Sample
 from edgexception.model.graph import layers, to_graph_input
 from edgexception.preprocess import Preprocess
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.edges import input_edges, output_edges
-from edgexception.quantize.nncf_adapter import Calibrated, calibrate
-from edgexception.quantize.ptq import Quantized, _halves, quantize_ptq
+from edgexception.quantize.nncf_adapter import calibrate
+from edgexception.quantize.ptq import Quantized, quantize_ptq
 from edgexception.quantize.ranges import observe
 from edgexception.quantize.simulate import quantize_bias, quantize_weight, simulate
 from edgexception.recipe import PtqSpec
@@ -48,7 +48,7 @@ def ptq(bits: int = 8, graph: Any = None, **spec: Any) -> Quantized:
 
 
 @pytest.fixture(scope="module")
-def minmax() -> dict[bool, Calibrated]:
+def minmax() -> dict[bool, dict[str, tuple[float, float]]]:
     return {
         symmetric: calibrate(
             small_graph(),
@@ -56,7 +56,6 @@ def minmax() -> dict[bool, Calibrated]:
             symmetric=symmetric,
             ranges="minmax",
             percentile=99.9,
-            bias_correction=False,
         )
         for symmetric in (False, True)
     }
@@ -66,25 +65,28 @@ def minmax() -> dict[bool, Calibrated]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_nncf_ranges_are_the_extremes(minmax: dict[bool, Calibrated], symmetric: bool) -> None:
+def test_nncf_ranges_are_the_extremes(
+    minmax: dict[bool, dict[str, tuple[float, float]]], symmetric: bool
+) -> None:
     graph, found = small_graph(), minmax[symmetric]
-    assert set(found.ranges) == set(input_edges(graph))
-    for edge, seen in observe(graph, found.ranges, INPUTS).items():
+    assert set(found) == set(input_edges(graph))
+    for edge, seen in observe(graph, found, INPUTS).items():
         low, high = seen.range("minmax", 100.0, symmetric)
         width = high - low
         if symmetric:
-            assert found.ranges[edge][1] == pytest.approx(max(-low, high), rel=0.01), edge
+            assert found[edge][1] == pytest.approx(max(-low, high), rel=0.01), edge
         else:
-            assert found.ranges[edge] == (
+            assert found[edge] == (
                 pytest.approx(low, abs=0.01 * width),
                 pytest.approx(high, abs=0.01 * width),
             ), edge
 
 
-def test_nncf_weight_scales_reach_the_largest_weight(minmax: dict[bool, Calibrated]) -> None:
-    for name, layer in layers(small_graph()).items():
+def test_weight_scales_reach_the_largest_weight() -> None:
+    result = ptq(bias_correction=False)
+    for name, layer in layers(result.graph).items():
         largest = layer.weight.flatten(1).abs().amax(1).numpy()
-        assert np.allclose(np.array(minmax[False].weight_scales[name]) * 127, largest, rtol=0.01)
+        assert np.allclose(np.array(result.plan.weights[name].scales) * 127, largest, rtol=1e-5)
 
 
 def test_calibration_leaves_the_graph_and_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +100,7 @@ def test_calibration_leaves_the_graph_and_stdout_alone(capsys: pytest.CaptureFix
 # --- the plan
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("ranges", ["auto", "minmax", "percentile", "mse"])
 @pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
 def test_a_quantized_network_is_near_the_float_one(ranges: str, activations: str) -> None:
     result = ptq(ranges=ranges, activations=activations)
@@ -199,24 +201,6 @@ def test_a_large_bias_on_a_dead_channel_fits_32_bits() -> None:
 
 
 def test_photos_of_one_colour_calibrate() -> None:
-    result = quantize_ptq(
-        small_graph(), PtqSpec(method="ptq"), image_set(np.full((2, *SIZE, 3), 90, np.uint8)), 8
-    )
+    photos = np.stack([np.full((*SIZE, 3), value, np.uint8) for value in (90, 140)])
+    result = quantize_ptq(small_graph(), PtqSpec(method="ptq"), image_set(photos), 8)
     assert all(np.isfinite(grid.scale) for grid in result.plan.activations.values())
-
-
-@pytest.mark.parametrize("asked", [{}, {"ranges": "minmax"}, {"equalization": False}])
-def test_one_photo_cannot_be_judged_by_another(asked: dict[str, object]) -> None:
-    spec = PtqSpec.model_validate({"method": "ptq", "ranges": "auto", "equalization": True} | asked)
-    twice = np.concatenate((PIXELS[:1], PIXELS[:1]))  # one photo under two names
-    with pytest.raises(UsageError, match=r"1 photo.*Give more photos, or set `ranges: minmax`"):
-        quantize_ptq(small_graph(), spec, image_set(twice), 8)
-
-
-def test_halves_share_no_photo() -> None:
-    whole = image_set(np.concatenate((PIXELS, PIXELS[:5])))
-    halves = _halves(whole)
-    first, second = ({s.photo.sha256 for s in half.samples} for half in halves)
-    assert not first & second
-    assert sum(len(half) for half in halves) == len(whole)
-    assert len(first) == len(second) == len(PIXELS) // 2
