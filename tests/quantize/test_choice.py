@@ -9,7 +9,7 @@ from narrow import random_images, run_torch, small_graph
 from torch import fx
 
 from edgexception.model.graph import layers, to_graph_input
-from edgexception.quantize.choice import SHARES, Choice, choose
+from edgexception.quantize.choice import SHARES, Choice, _helps, choose
 from edgexception.quantize.equalize import Move, Profile, apply_moves, plan_edges
 from edgexception.quantize.groups import channel_groups
 
@@ -133,3 +133,12 @@ def test_nothing_is_changed() -> None:
     before = {name: layer.weight.clone() for name, layer in layers(graph).items()}
     chosen(graph, one_channel(graph, 2.0))
     assert all(torch.equal(layer.weight, before[name]) for name, layer in layers(graph).items())
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.5, True), (5.0, False)])
+def test_a_move_also_answers_for_its_readers_weights(after: float, kept: bool) -> None:
+    """The tensor's error halves; the reader's weights lose less than that, or more."""
+    graph = small_graph()
+    tensor = np.array([4.0] * len(SHARES) + [2.0] * len(SHARES))
+    totals = {TENSOR: tensor, "block3_sepconv1_pointwise": np.array([0.5, after])}
+    assert _helps(graph, one_channel(graph, 2.0), totals) == kept

@@ -15,8 +15,10 @@ from edgexception.quantize.choice import choose
 from edgexception.quantize.edges import input_edges, output_edges
 from edgexception.quantize.equalize import (
     LARGEST_FACTOR,
+    Channels,
     Move,
     Profile,
+    _rounding,
     apply_moves,
     plan_edges,
     propose,
@@ -183,3 +185,11 @@ def test_moves_are_the_same_when_made_again() -> None:
     graph = planted()
     first, second = (propose(copy.deepcopy(graph), profiles_of(graph)[0]) for _ in range(2))
     assert [move.how for move in first] == [move.how for move in second]
+
+
+def test_the_predicted_rounding_is_that_of_the_moved_back_tensor() -> None:
+    """Of channels reaching 8 and 1, the first halved: the step is 4/127, and doubles moved back."""
+    high, slope = torch.tensor([8.0, 1.0]), torch.tensor([1.0, 3.0])
+    found = Channels(-high, high, torch.zeros(2), torch.ones(2), slope)
+    predicted = _rounding(found, torch.tensor([0.5, 1.0]), None)
+    assert predicted == pytest.approx((4 / 127) ** 2 / 12 * (1 / 0.25 + 3), rel=1e-5)
