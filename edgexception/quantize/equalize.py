@@ -110,9 +110,9 @@ class Profile:
         low, high = self.extremes[name].double()
         spread = [SPREAD * v.std(dim=0) if len(v) > 1 else 0.0 for v in (low, high)]
         return Channels(
-            # What never left zero on one side (a ReLU's output) is given no room there.
-            torch.where(low.amin(0) < 0, low.mean(0) - spread[0], 0.0).clamp(max=0.0),
-            torch.where(high.amax(0) > 0, high.mean(0) + spread[1], 0.0).clamp(min=0.0),
+            # A tensor that never goes below zero (a ReLU's output) is given no room there.
+            low.mean(0) - spread[0] if bool((low < 0).any()) else torch.zeros_like(low[0]),
+            high.mean(0) + spread[1] if bool((high > 0).any()) else torch.zeros_like(high[0]),
             *(self.sums[name] / len(low)),
         )
 
