@@ -49,7 +49,7 @@ COMPUTING = ("Convolution", "FullyConnected", "MatMul")
 HERE = Path(__file__).parent
 
 # ModelOpt 0.47 with what its `onnx` extra asks for, except the GPU builds: onnxruntime instead of
-# onnxruntime-gpu, no cupy. 1.0 GB on disk. torch is the very build that runs here: `torch` alone
+# onnxruntime-gpu, no cupy. 1.4 GB on disk. torch is the very build that runs here: `torch` alone
 # would bring CUDA's libraries from PyPI.
 MODELOPT = (
     "nvidia-modelopt==0.47.0", "onnx==1.21.0", "onnxruntime==1.24.4", "onnx-graphsurgeon==0.6.1",
