@@ -1,9 +1,9 @@
-"""NNCF's post-training quantization of an inference graph, read back as data.
+"""NNCF's calibration of an inference graph, read back as data: one range method for all tensors.
 
-NNCF (https://github.com/openvinotoolkit/nncf, 3.4) calibrates the ranges of every layer's input and
-weights and corrects biases. Its own placement quantizes residual adds, pools and, per channel, the
-inputs of depthwise convolutions; a plan has none of these as input edges, so they are switched off
-and what is left is checked to be exactly the plan's input edges.
+NNCF (https://github.com/openvinotoolkit/nncf, 3.4) calibrates the range of every layer's input. Its
+own placement quantizes residual adds, pools and, per channel, the inputs of depthwise convolutions;
+a plan has none of these as input edges, so they are switched off and what is left is checked to be
+exactly the plan's input edges.
 """
 
 from __future__ import annotations
