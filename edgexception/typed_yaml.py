@@ -137,6 +137,11 @@ def _value_fault(kind: str, value: object, context: dict[str, Any]) -> str | Non
     return f"is {'the text ' if isinstance(value, str) else ''}{given}; write {wanted}"
 
 
+def field_path(location: KeyPath, schema: dict[str, Any]) -> KeyPath:
+    """Return a pydantic location as the path of fields, without the tags of tagged unions."""
+    return _locate(location, schema)[0]
+
+
 def _locate(location: KeyPath, schema: dict[str, Any]) -> tuple[KeyPath, dict[str, Any]]:
     """Return the file's path of a pydantic location and the schema of the section around it.
 
