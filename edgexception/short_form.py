@@ -13,6 +13,7 @@ from edgexception.errors import UsageError
 from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
+from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -74,8 +75,9 @@ def recipe_of(source: Path, flags: Flags, last: str = "import") -> Recipe:
     try:
         recipe = Recipe.model_validate(sections)
     except ValidationError as error:
+        schema = Recipe.model_json_schema()
         faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            f"{'.'.join(map(str, field_path(fault['loc'], schema)))}: {fault['msg']}"
             for fault in error.errors(include_url=False)
         )
         raise UsageError(f"these flags make no recipe: {faults}") from error
