@@ -16,8 +16,9 @@ With acc the integer sum, d = scale_input * scale_weight (float32), s and z of t
   integers of every edge in 2026.4 and reading FakeQuantize::updateOptimizedFormula in its CPU
   plugin): y = acc * d + bias, then the FakeQuantize of OpenVINO with low = (q_min - z) * s and high
   = (q_max - z) * s: q = round(y * (255 / (high - low)) + (-low * 255 / (high - low)) + q_min). A
-  layer without bias that is quantized at once has d divided into low and high, so that q =
-  round(acc * factor + shift) has a factor per channel; the shift is that of channel 0.
+  layer that is quantized at once does this in its own kernel: with a bias, as one fused
+  multiply-add of y; without one, d is divided into low and high, so that q = round(acc * factor +
+  shift) has a factor per channel, and the shift is that of channel 0.
 - tensorrt: y = acc * d + bias; q = round(y / s) + z. This is the meaning of the Q/DQ graph; what
   TensorRT rounds has not been seen yet.
 
@@ -133,6 +134,8 @@ class _Rounding:
     divisor: float = 1.0
     shift: float | torch.Tensor = 0.0
     offset: int = 0
+    fused: bool = False
+    """Whether x * factor + shift rounds once."""
 
 
 def _rounding(grid: ActivationQuant, dialect: Dialect) -> _Rounding:
@@ -173,7 +176,11 @@ class _Quantize(nn.Module):
         shift = by.shift
         if isinstance(shift, torch.Tensor):
             shift = _per_channel(shift, x.ndim)
-        q = torch.round(x * by.factor / by.divisor + shift) + by.offset
+        if by.fused:  # the product of two float32 is exact in float64
+            y = (x.double() * by.factor + shift).float()
+        else:
+            y = x * by.factor / by.divisor + shift
+        q = torch.round(y) + by.offset
         return (q.clamp(low, high) - self.grid.zero_point) * self.scale
 
 
@@ -222,7 +229,7 @@ class _IntegerLayer(nn.Module):
         factor, shift = np.float32(255) / span, _openvino_shift(grid, low, span)
         if isinstance(shift, float) and shift == 0.0:
             factor = np.float32(1) / (np.float32(1) / factor)
-        return _Rounding(factor=float(factor), shift=shift)
+        return _Rounding(factor=float(factor), shift=shift, fused=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = torch.round(x / self.scale).to(self.weight.dtype)
