@@ -230,6 +230,9 @@ class PtqSpec(Spec):
     """Rescale channels where that is exact and measurably helps."""
     bias_correction: bool = True
     """Bring the mean of every layer's output back to the float network's."""
+    rounding: Literal["nearest", "learned"] = "nearest"
+    """learned: every weight takes the one of its neighbouring levels with which the layer best
+    repeats its float outputs on calibration images, given the inputs that quantized layers make."""
     precision: PrecisionSpec | None = None
     """The layers that are not INT8; None is none."""
 

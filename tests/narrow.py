@@ -122,6 +122,7 @@ def minmax_plan(
             activations="symmetric" if symmetric else "asymmetric",
             ranges="minmax",
             bias_correction=False,
+            rounding="nearest",
             images=len(images),
             calibration_digest="0" * 64,
             versions={},

@@ -109,9 +109,8 @@ def _mixing(graph: fx.GraphModule, move: Move) -> list[str]:
 def _roundings(edge: str, profile: Profile, move: Move | None, symmetric: bool) -> list[Change]:
     """Return the rounding error of a tensor for each share of its range."""
     low, high = profile.range(edge, move)
-    channels = profile.extremes[edge].shape[2]
-    factors = torch.ones(channels) if move is None else move.factors
-    shift = torch.zeros(channels) if move is None or move.shift is None else move.shift
+    factors = torch.ones(1) if move is None else move.factors
+    shift = torch.zeros(1) if move is None or move.shift is None else move.shift
     changes = []
     for share in SHARES:
         scale, zero = grid_of_range(low * share, high * share, symmetric)
@@ -124,9 +123,15 @@ def _roundings(edge: str, profile: Profile, move: Move | None, symmetric: bool) 
 def _rounding(
     edge: str, steps: torch.Tensor, zeros: torch.Tensor, levels: tuple[int, int]
 ) -> Change:
+    """Round with the step and zero of each channel; torch's own fake quantization takes 8 times as
+    long.
+    """
+
     def change(values: Values) -> torch.Tensor:
         x = values[edge]
-        return torch.fake_quantize_per_channel_affine(x, steps, zeros, 1, *levels) - x
+        step, zero = (v.view(-1, *[1] * (x.ndim - 2)) for v in (steps, zeros))
+        exact = x / step + zero
+        return exact.round().clamp_(*levels).sub_(exact).mul_(step)
 
     return change
 

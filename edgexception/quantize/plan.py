@@ -107,6 +107,7 @@ class Provenance(_Data):
     equalized: dict[str, str] = {}
     """How channels were rescaled, by the first tensor of their group."""
     bias_correction: bool
+    rounding: Literal["nearest", "learned"]
     images: int
     calibration_digest: str
     versions: dict[str, str]

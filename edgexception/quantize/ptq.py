@@ -1,4 +1,4 @@
-"""INT8 post-training quantization: calibration images in, a plan and corrected biases out."""
+"""INT8 post-training quantization: calibration images in, a plan and fitted layers out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, layers, to_graph_input
 from edgexception.quantize.auto_precision import choose_precision, dialects_for
-from edgexception.quantize.biases import correct_biases
 from edgexception.quantize.choice import Choice, choose
 from edgexception.quantize.edges import input_edges, output_edges
 from edgexception.quantize.equalize import Profile, apply_moves, propose
@@ -24,14 +23,15 @@ from edgexception.quantize.nncf_adapter import calibrate
 from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
 from edgexception.quantize.precision import resolve, with_float_layers, with_precision
 from edgexception.quantize.ranges import grid_of_range, observe
+from edgexception.quantize.reconstruct import reconstruct
 from edgexception.recipe import PrecisionSpec, PtqSpec
 
 BATCH = 8
 Report = Callable[[str, int, int, float], None]
 """Called with (what, batches done, batches in all, seconds left) of each pass over the images."""
 
-BIAS_IMAGES = 64
-"""How many calibration images biases are corrected on; their tensors are in memory at once."""
+FITTED_IMAGES = 64
+"""How many calibration images layers are fitted to; their tensors are in memory at once."""
 PHOTO_RANGE = (0.0, 255.0)
 """Stands for the photo's own integers, whose grid is known."""
 LEAST_WEIGHT = 1e-30
@@ -42,7 +42,7 @@ BIAS_LIMIT = 2**30
 
 @dataclass(frozen=True)
 class Quantized:
-    """The float graph with corrected biases, and the plan that makes it INT8."""
+    """The float graph with its layers fitted, and the plan that makes it INT8."""
 
     graph: fx.GraphModule
     plan: QuantPlan
@@ -81,17 +81,21 @@ def quantize_ptq(
         edge: _activation(edge, found, symmetric, "output" if edge in outputs else "input")
         for edge, found in _ranges(moved, spec, images, choice, progress).items()
     }
-    corrected = moved
-    if spec.bias_correction:
-        corrected = correct_biases(
+    weights = _weights(moved, activations, weight_bits)
+    learned = spec.rounding == "learned"
+    fitted = moved
+    if learned or spec.bias_correction:
+        fitted = reconstruct(
             moved,
             activations,
-            _weights(moved, activations, weight_bits),
-            _Batches(_first(images, BIAS_IMAGES), progress, "bias correction"),
+            weights,
+            _Batches(_first(images, FITTED_IMAGES), progress, "fitting layers"),
+            rounding=learned,
+            biases=spec.bias_correction,
         )
     plan = QuantPlan(
         activations=activations,
-        weights=_weights(corrected, activations, weight_bits),
+        weights=weights,
         provenance=Provenance(
             method="ptq",
             activations=spec.activations,
@@ -99,6 +103,7 @@ def quantize_ptq(
             shares=choice.shares if spec.ranges == "auto" else {},
             equalized={move.group.tensors[0]: move.how for move in choice.moves},
             bias_correction=spec.bias_correction,
+            rounding=spec.rounding,
             images=len(images),
             calibration_digest=images.digest,
             versions={name: version(name) for name in ("nncf", "torch")},
@@ -106,10 +111,10 @@ def quantize_ptq(
     )
     if precision.auto is not None:
         asked = dialects_for(plan, dialects)
-        plan = choose_precision(corrected, moved, plan, precision.auto, images, asked, progress)
+        plan = choose_precision(fitted, moved, plan, precision.auto, images, asked, progress)
     elif named:
         plan = with_precision(moved, plan, named)
-    return Quantized(with_float_layers(corrected, moved, plan.precision), plan)
+    return Quantized(with_float_layers(fitted, moved, plan.precision), plan)
 
 
 class _Batches:

@@ -169,6 +169,7 @@ def _calibration(found: Findings) -> Calibration | None:
         activations=origin["activations"],
         ranges=origin["ranges"],
         bias_correction=origin["bias_correction"],
+        rounding=origin["rounding"],
         weight_bits=min(bits),
         exceptions=(
             Exceptions(layers=plan["precision"], chosen=origin["precision"])

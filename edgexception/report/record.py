@@ -178,6 +178,7 @@ class Calibration(Record):
     activations: str
     ranges: str
     bias_correction: bool
+    rounding: str
     weight_bits: int
     exceptions: Exceptions | None = None
 

@@ -14,9 +14,9 @@ from torch import fx, nn
 from edgexception.imageset import ImageSet, Photo, Sample
 from edgexception.model.graph import layers, to_graph_input
 from edgexception.preprocess import Preprocess
-from edgexception.quantize.biases import correct_biases
 from edgexception.quantize.plan import QuantPlan, WeightQuant
 from edgexception.quantize.ptq import quantize_ptq
+from edgexception.quantize.reconstruct import reconstruct
 from edgexception.recipe import PtqSpec
 
 PIXELS = random_images(16, (40, 40), seed=7)
@@ -51,7 +51,7 @@ def coarse_plan(graph: fx.GraphModule, names: tuple[str, ...] = ()) -> QuantPlan
 
 
 def corrected(graph: fx.GraphModule, plan: QuantPlan) -> fx.GraphModule:
-    return correct_biases(graph, plan.activations, plan.weights, INPUTS)
+    return reconstruct(graph, plan.activations, plan.weights, INPUTS, rounding=False, biases=True)
 
 
 def tensors(graph: fx.GraphModule, plan: QuantPlan | None = None) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ PROVENANCE = Provenance(
     activations="asymmetric",
     ranges="mse",
     bias_correction=True,
+    rounding="nearest",
     images=3,
     calibration_digest="0" * 64,
     versions={"nncf": "3.4.0"},
