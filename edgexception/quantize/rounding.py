@@ -47,10 +47,11 @@ def learned_weight(
     diagonal = second.diagonal(dim1=1, dim2=2)
     damping = DAMPING * diagonal.mean(dim=1, keepdim=True).clamp_min(1e-30)
     damped = second + torch.diag_embed(damping.expand_as(diagonal))
-    target = weight + torch.linalg.solve(damped, (weight @ cross).mT).mT
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    target = weight + weight @ cross @ inverse
     steps = torch.tensor(grid.scales, dtype=torch.float64).view(groups, -1)
-    rounded = _descend(target, steps, grid.limit, damped)
-    return rounded.float().view_as(layer.weight)
+    order = diagonal.argsort(dim=1, descending=True)
+    return _descend(target, steps, grid.limit, inverse, order).float().view_as(layer.weight)
 
 
 def _moments(
@@ -60,17 +61,14 @@ def _moments(
 
     Both are around the means of X and Y where the layer has a bias.
     """
-    second = cross = torch.zeros((), dtype=torch.float64)
-    sums = torch.zeros((), dtype=torch.float64)
+    second = cross = sums = torch.zeros((), dtype=torch.float64)
     count = 0
     for exact, quantized in inputs:
-        for x, y in zip(exact.unsqueeze(1), quantized.unsqueeze(1), strict=True):
-            read = _patches(layer, y, groups)
-            lost = _patches(layer, x, groups) - read
-            second = second + (read @ read.mT).double()
-            cross = cross + (lost @ read.mT).double()
-            sums = sums + torch.stack((read.sum(dim=2), lost.sum(dim=2))).double()
-            count += read.shape[2]
+        read, lost = (_patches(layer, v, groups) for v in (quantized, exact - quantized))
+        second = second + (read @ read.mT).double().sum(dim=0)
+        cross = cross + (lost @ read.mT).double().sum(dim=0)
+        sums = sums + torch.stack((read.sum(dim=(0, 3)), lost.sum(dim=(0, 3)))).double()
+        count += len(read) * read.shape[3]
     if layer.bias is not None:
         mean_read, mean_lost = sums / count
         second = second - mean_read.unsqueeze(2) * mean_read.unsqueeze(1) * count
@@ -79,26 +77,37 @@ def _moments(
 
 
 def _patches(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return what the weights of one image are multiplied with: (groups, K, positions)."""
+    """Return what the weights are multiplied with: (parts, groups, K, positions).
+
+    The parts are images; but of a layer without groups, whose K x K products are large, the images'
+    positions stand side by side in one part.
+    """
     if isinstance(layer, nn.Linear):
-        return x.view(1, -1, 1)
-    if layer.kernel_size == (1, 1) and layer.stride == (1, 1):
-        return x.view(groups, -1, x.shape[2] * x.shape[3])
-    padding = cast(tuple[int, int], layer.padding)
-    taps = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return taps.view(groups, -1, taps.shape[2])
+        taps = x.unsqueeze(2)
+    elif layer.kernel_size == (1, 1) and layer.stride == (1, 1):
+        taps = x.flatten(2)
+    else:
+        padding = cast(tuple[int, int], layer.padding)
+        taps = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    if groups == 1:
+        return taps.transpose(0, 1).flatten(1)[None, None]
+    return taps.unflatten(1, (groups, -1))
 
 
 def _descend(
-    target: torch.Tensor, steps: torch.Tensor, limit: int, second: torch.Tensor
+    target: torch.Tensor,
+    steps: torch.Tensor,
+    limit: int,
+    inverse: torch.Tensor,
+    order: torch.Tensor,
 ) -> torch.Tensor:
-    """Round (groups, rows, K) to multiples of `steps` (groups, rows), loudest columns first."""
-    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    """Round (groups, rows, K) to multiples of `steps` (groups, rows), columns as in `order`.
+
+    `inverse` is that of the inputs' second moments, (groups, K, K).
+    """
     columns = order.unsqueeze(1)
-    inverse = torch.linalg.inv(
-        second.gather(1, order.unsqueeze(2).expand_as(second)).gather(2, columns.expand_as(second))
-    )
-    hand_on = torch.linalg.cholesky(inverse, upper=True)
+    by_rows = inverse.gather(1, order.unsqueeze(2).expand_as(inverse))
+    hand_on = torch.linalg.cholesky(by_rows.gather(2, columns.expand_as(inverse)), upper=True)
     weight = target.gather(2, columns.expand_as(target)).clone()
     width = weight.shape[2]
     for first in range(0, width, BLOCK):
