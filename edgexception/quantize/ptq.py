@@ -23,15 +23,13 @@ from edgexception.quantize.nncf_adapter import calibrate
 from edgexception.quantize.plan import ActivationQuant, Provenance, QuantPlan, WeightQuant
 from edgexception.quantize.precision import resolve, with_float_layers, with_precision
 from edgexception.quantize.ranges import grid_of_range, observe
-from edgexception.quantize.reconstruct import reconstruct
+from edgexception.quantize.reconstruct import images_held, reconstruct
 from edgexception.recipe import PrecisionSpec, PtqSpec
 
 BATCH = 8
 Report = Callable[[str, int, int, float], None]
 """Called with (what, batches done, batches in all, seconds left) of each pass over the images."""
 
-FITTED_IMAGES = 64
-"""How many calibration images layers are fitted to; their tensors are in memory at once."""
 PHOTO_RANGE = (0.0, 255.0)
 """Stands for the photo's own integers, whose grid is known."""
 LEAST_WEIGHT = 1e-30
@@ -82,17 +80,7 @@ def quantize_ptq(
         for edge, found in _ranges(moved, spec, images, choice, progress).items()
     }
     weights = _weights(moved, activations, weight_bits)
-    learned = spec.rounding == "learned"
-    fitted = moved
-    if learned or spec.bias_correction:
-        fitted = reconstruct(
-            moved,
-            activations,
-            weights,
-            _Batches(_first(images, FITTED_IMAGES), progress, "fitting layers"),
-            rounding=learned,
-            biases=spec.bias_correction,
-        )
+    fitted = _fitted(moved, spec, activations, weights, images, progress)
     plan = QuantPlan(
         activations=activations,
         weights=weights,
@@ -200,6 +188,38 @@ def _ranges(
         edge: histogram.range(spec.ranges, spec.percentile, symmetric)
         for edge, histogram in histograms.items()
     }
+
+
+def _fitted(
+    graph: fx.GraphModule,
+    spec: PtqSpec,
+    activations: dict[str, ActivationQuant],
+    weights: dict[str, WeightQuant],
+    images: ImageSet,
+    progress: Report | None,
+) -> fx.GraphModule:
+    """Return the graph with the rounding and the biases that the spec asks for."""
+    learned = spec.rounding == "learned"
+    if not (learned or spec.bias_correction):
+        return graph
+    start = time.monotonic()
+
+    def layer_done(done: int, total: int) -> None:
+        if progress is not None:
+            left = (time.monotonic() - start) / done * (total - done)
+            progress("rounding and biases" if learned else "biases", done, total, left)
+
+    one = to_graph_input(torch.from_numpy(next(images.batches(1))))
+    held = _first(images, images_held(graph, one))
+    return reconstruct(
+        graph,
+        activations,
+        weights,
+        _Batches(held, None, ""),
+        rounding=learned,
+        biases=spec.bias_correction,
+        progress=layer_done,
+    )
 
 
 def _activation(

@@ -21,6 +21,27 @@ from edgexception.quantize.plan import ActivationQuant, WeightQuant
 from edgexception.quantize.rounding import learned_weight
 from edgexception.quantize.simulate import quantize_weight
 
+MOST_VALUES = 100_000_000
+"""Of one tensor of all images together, 400 MB: a few such tensors are in memory at once, each of
+the float and of the quantized network."""
+
+
+def images_held(graph: fx.GraphModule, image: torch.Tensor) -> int:
+    """Return how many images like `image`, (1, C, H, W), `reconstruct` can hold."""
+    largest = 1
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            nonlocal largest
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                largest = max(largest, value.numel())
+            return value
+
+    with torch.inference_mode():
+        Watch(graph).run(image)
+    return max(MOST_VALUES // largest, 1)
+
 
 def reconstruct(
     graph: fx.GraphModule,
@@ -96,7 +117,7 @@ def _fit(
     ]
     rounded = copy.deepcopy(layer)
     if rounding:
-        on_grid = learned_weight(layer, weight, pairs)
+        on_grid = learned_weight(layer, weight, (y for _, y in pairs))
     else:
         steps = torch.tensor(weight.scales).view(-1, *[1] * (layer.weight.ndim - 1))
         on_grid = quantize_weight(layer.weight.detach(), weight).float() * steps

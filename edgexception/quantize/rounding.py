@@ -1,17 +1,17 @@
-"""Learned rounding: which of its two neighbouring levels each weight takes, and what it aims at.
+"""Learned rounding: which of its two neighbouring levels each weight takes.
 
 Rounding every weight to the nearest level is best for the weights and not for the outputs: errors
-of weights that read correlated inputs add up or cancel. And the float weights themselves are not
-the best aim where the inputs have been rounded: noise of directions in which the signal is small
-can be attenuated. With X the inputs of the float network, Y those that the quantized layers before
-really produce, and Q the weights to find on their grid, a layer asks for the least
+of weights that read correlated inputs add up or cancel. With Y the inputs that the quantized layers
+before really produce, W the weights and Q those to find on their grid, a layer asks for the least
+|(W - Q) Y|^2. It is descended column by column: each is rounded, and its error goes to those not
+rounded yet, as far as they can make up for it (Frantar et al. 2023, "GPTQ", section 3; Hassibi and
+Stork 1993, "Optimal brain surgeon"). No gradient descent and no label: it takes a minute where
+AdaRound (Nagel et al. 2020) takes an hour, and repeats to the last bit.
 
-    |W X - Q Y|^2  =  |(T - Q) Y|^2 + what no Q can change,   T = W X Y' (Y Y')^-1.
-
-T has a closed form, and |(T - Q) Y|^2 is descended column by column: each is rounded, and its error
-goes to those not rounded yet, as far as they can make up for it (Frantar et al. 2023, "GPTQ",
-section 3; Hassibi and Stork 1993, "Optimal brain surgeon"). No gradient descent and no label: it
-takes seconds where AdaRound (Nagel et al. 2020) takes an hour, and repeats to the last bit.
+What was tried and left out: aiming at the outputs W X of the float network's inputs X, that is at
+W X Y' (Y Y')^-1, which attenuates noise of the inputs. On synthetic noise it works, on a full-size
+network it brought nothing (27.1 dB with it, 27.2 without, 27.0 with the nearest levels) and, on 64
+images instead of 128, cost a decibel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgexception.quantize.biases import Pair
 from edgexception.quantize.plan import WeightQuant
 
 DAMPING = 0.01
@@ -34,46 +33,42 @@ BLOCK = 128
 
 
 def learned_weight(
-    layer: nn.Conv2d | nn.Linear, grid: WeightQuant, inputs: Iterable[Pair]
+    layer: nn.Conv2d | nn.Linear, grid: WeightQuant, inputs: Iterable[torch.Tensor]
 ) -> torch.Tensor:
-    """Return the weights of `layer` on `grid` that best repeat its float outputs on `inputs`.
+    """Return the weights of `layer` on `grid` that best repeat its outputs on `inputs`.
 
-    The quantized inputs lie on their own grid already. Where the layer has a bias, its mean output
-    is left to that bias.
+    The inputs (N, C, H, W) or (N, C) lie on their own grid already. Where the layer has a bias, its
+    mean output is left to that bias.
     """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight.detach().reshape(groups, len(layer.weight) // groups, -1).double()
-    second, cross = _moments(layer, groups, inputs)
+    second = _second_moments(layer, groups, inputs)
     diagonal = second.diagonal(dim1=1, dim2=2)
     damping = DAMPING * diagonal.mean(dim=1, keepdim=True).clamp_min(1e-30)
     damped = second + torch.diag_embed(damping.expand_as(diagonal))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    target = weight + weight @ cross @ inverse
     steps = torch.tensor(grid.scales, dtype=torch.float64).view(groups, -1)
     order = diagonal.argsort(dim=1, descending=True)
-    return _descend(target, steps, grid.limit, inverse, order).float().view_as(layer.weight)
+    return _descend(weight, steps, grid.limit, inverse, order).float().view_as(layer.weight)
 
 
-def _moments(
-    layer: nn.Conv2d | nn.Linear, groups: int, inputs: Iterable[Pair]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the means of Y Y' and (X - Y) Y' over images and positions, (groups, K, K) each.
+def _second_moments(
+    layer: nn.Conv2d | nn.Linear, groups: int, inputs: Iterable[torch.Tensor]
+) -> torch.Tensor:
+    """Return the mean of Y Y' over images and positions, (groups, K, K).
 
-    Both are around the means of X and Y where the layer has a bias.
+    It is the one around the mean of Y where the layer has a bias.
     """
-    second = cross = sums = torch.zeros((), dtype=torch.float64)
+    second = sums = torch.zeros((), dtype=torch.float64)
     count = 0
-    for exact, quantized in inputs:
-        read, lost = (_patches(layer, v, groups) for v in (quantized, exact - quantized))
+    for batch in inputs:
+        read = _patches(layer, batch, groups)
         second = second + (read @ read.mT).double().sum(dim=0)
-        cross = cross + (lost @ read.mT).double().sum(dim=0)
-        sums = sums + torch.stack((read.sum(dim=(0, 3)), lost.sum(dim=(0, 3)))).double()
+        sums = sums + read.sum(dim=(0, 3)).double()
         count += len(read) * read.shape[3]
     if layer.bias is not None:
-        mean_read, mean_lost = sums / count
-        second = second - mean_read.unsqueeze(2) * mean_read.unsqueeze(1) * count
-        cross = cross - mean_lost.unsqueeze(2) * mean_read.unsqueeze(1) * count
-    return second / count, cross / count
+        second = second - sums.unsqueeze(2) * sums.unsqueeze(1) / count
+    return second / count
 
 
 def _patches(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -91,11 +86,11 @@ def _patches(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, groups: int) -> torc
         taps = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     if groups == 1:
         return taps.transpose(0, 1).flatten(1)[None, None]
-    return taps.unflatten(1, (groups, -1))
+    return taps.view(len(taps), groups, -1, taps.shape[2])
 
 
 def _descend(
-    target: torch.Tensor,
+    weight: torch.Tensor,
     steps: torch.Tensor,
     limit: int,
     inverse: torch.Tensor,
@@ -108,7 +103,7 @@ def _descend(
     columns = order.unsqueeze(1)
     by_rows = inverse.gather(1, order.unsqueeze(2).expand_as(inverse))
     hand_on = torch.linalg.cholesky(by_rows.gather(2, columns.expand_as(inverse)), upper=True)
-    weight = target.gather(2, columns.expand_as(target)).clone()
+    weight = weight.gather(2, columns.expand_as(weight))
     width = weight.shape[2]
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)

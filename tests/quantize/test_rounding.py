@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,11 +48,11 @@ def inputs_of(layer: nn.Module, count: int, seed: int = 0) -> torch.Tensor:
     return smooth_inputs(count, seed, (12,) if isinstance(layer, nn.Linear) else (12, 9, 9))
 
 
-def output_error(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
+def output_error(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> float:
     """Return the power of the error of a layer's outputs, around its mean if it has a bias."""
     exact = layer(x)
     kept, layer.weight = layer.weight, nn.Parameter(weight)
-    lost = exact - layer(y)
+    lost = exact - layer(x)
     layer.weight = kept
     if layer.bias is not None:
         lost = lost - lost.mean(dim=0)
@@ -65,10 +64,10 @@ def test_the_outputs_are_nearer_than_with_the_nearest_levels(kind: str) -> None:
     torch.manual_seed(0)
     layer = LAYERS[kind]()
     grid, x = coarse_grid(layer), inputs_of(layer, 32)
-    learned = learned_weight(layer, grid, [(part, part) for part in x.split(8)])
+    learned = learned_weight(layer, grid, x.split(8))
     unseen = inputs_of(layer, 32, seed=5)
     errors = [
-        output_error(layer, weight, unseen, unseen)
+        output_error(layer, weight, unseen)
         for weight in (nearest(layer.weight.detach(), grid), learned)
     ]
     assert errors[1] < 0.5 * errors[0], errors
@@ -82,7 +81,7 @@ def test_every_weight_is_a_level(kind: str, seed: int, bits: int) -> None:
     grid = coarse_grid(layer, levels=100).model_copy(update={"bits": bits})
     x = inputs_of(layer, 4, seed)
     y = x + 0.1 * torch.randn(x.shape)
-    learned = learned_weight(layer, grid, [(x, y)])
+    learned = learned_weight(layer, grid, [y])
     steps = torch.tensor(grid.scales).view(-1, *[1] * (learned.ndim - 1))
     levels = learned / steps
     assert learned.shape == layer.weight.shape
@@ -93,14 +92,14 @@ def test_every_weight_is_a_level(kind: str, seed: int, bits: int) -> None:
 def test_inputs_without_correlation_leave_the_nearest_levels() -> None:
     layer = nn.Linear(12, 16, bias=False)
     grid, x = coarse_grid(layer), torch.eye(12)
-    learned = learned_weight(layer, grid, [(x, x)])
+    learned = learned_weight(layer, grid, [x])
     assert torch.allclose(learned, nearest(layer.weight.detach(), grid), atol=1e-6)
 
 
 def test_inputs_that_are_always_zero_leave_the_nearest_levels() -> None:
     layer = nn.Conv2d(12, 16, 1)
     grid, x = coarse_grid(layer), torch.zeros(4, 12, 5, 5)
-    learned = learned_weight(layer, grid, [(x, x)])
+    learned = learned_weight(layer, grid, [x])
     assert torch.allclose(learned, nearest(layer.weight.detach(), grid), atol=1e-6)
 
 
@@ -119,34 +118,21 @@ def test_it_is_near_the_best_of_all_roundings() -> None:
     best = lost.square().mean(dim=2).amin(dim=1)
     errors = [
         ((found - weight) @ x.T).square().mean(dim=1)
-        for found in (nearest(weight, grid), learned_weight(layer, grid, [(x, x)]))
+        for found in (nearest(weight, grid), learned_weight(layer, grid, [x]))
     ]
     excess = [float((error - best).mean()) for error in errors]
     assert excess[0] > 4.0 * float(best.mean())  # there is something to find
     assert excess[1] < 0.2 * excess[0]
 
 
-def test_noise_of_the_inputs_is_attenuated_where_there_is_no_signal() -> None:
-    """The float weights would let all of the noise through."""
-    torch.manual_seed(0)
-    layer = nn.Conv2d(12, 16, 1, bias=False)
-    grid = coarse_grid(layer, levels=127)
-    x, unseen = (smooth_inputs(32, seed) for seed in (0, 5))
-    noise = [0.3 * torch.randn(x.shape) for _ in range(2)]
-    learned = learned_weight(layer, grid, [(x, x + noise[0])])
-    errors = [
-        output_error(layer, weight, unseen, unseen + noise[1])
-        for weight in (layer.weight.detach(), learned)
-    ]
-    assert errors[1] < 0.6 * errors[0], errors
-
-
 def test_a_bias_keeps_the_mean_out_of_the_fit() -> None:
-    """A shift of the quantized inputs is the bias's to correct; weights must not bend for it."""
+    """The mean of the outputs is the bias's to correct; weights must not bend for it."""
     torch.manual_seed(0)
     layer = nn.Conv2d(12, 16, 1)
     grid = coarse_grid(layer, levels=127)
     x = smooth_inputs(32)
-    plain, shifted = (learned_weight(layer, grid, [(x, x + shift)]) for shift in (0.0, 2.0))
-    assert torch.equal(plain, shifted) or np.allclose(plain, shifted, atol=1.1 * max(grid.scales))
+    plain, shifted = (learned_weight(layer, grid, [x + shift]) for shift in (0.0, 8.0))
     assert float((plain != shifted).float().mean()) < 0.05
+    layer.bias = None
+    plain, shifted = (learned_weight(layer, grid, [x + shift]) for shift in (0.0, 8.0))
+    assert float((plain != shifted).float().mean()) > 0.2
