@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -23,11 +24,11 @@ from edgexception.export.widen import widened
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
-from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
+from edgexception.quantize.dialects import Dialect, has_half, rounded_reads, written_grids
+from edgexception.quantize.half import FloatTypes, is_half, type_graph
 from edgexception.quantize.plan import QuantPlan
 from edgexception.quantize.simulate import (
     accumulator_scales,
-    half_parameters,
     quantize_bias,
     quantize_weight,
 )
@@ -45,18 +46,21 @@ def to_onnx(
     *,
     plan: QuantPlan | None = None,
     dialect: Dialect | None = None,
+    types: FloatTypes | None = None,
     batch: int | None = None,
 ) -> onnx.ModelProto:
     """Return `graph` as a checked ONNX model: float, or INT8 in the words of `dialect`.
 
-    `batch` None leaves the batch size open (a dimension named "batch"). Class names and
-    preprocessing go into `metadata_props`. Raises UsageError when the dialect cannot say the plan.
+    `types` says what is float16; None is float32 but for the plan's fp16 layers. `batch` None
+    leaves the batch size open (a dimension named "batch"). Class names and preprocessing go into
+    `metadata_props`. Raises UsageError when the dialect cannot say the plan.
     """
     if (plan is None) != (dialect is None):
         raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
     if plan is not None and dialect is not None:
         graph, plan = widened(graph, plan, dialect.widths)
-    writer = _Writer(graph, preprocess, plan, dialect)
+    types = types or type_graph(graph, plan, "fp32").types
+    writer = _Writer(graph, preprocess, plan, dialect, types)
     outputs = writer.write()
     height, width = preprocess.input_size
     size: int | str = BATCH if batch is None else batch
@@ -105,9 +109,11 @@ class _Writer:
         preprocess: Preprocess,
         plan: QuantPlan | None,
         dialect: Dialect | None,
+        types: FloatTypes,
     ) -> None:
         self.graph = graph
         self.plan = plan
+        self.half = types.half
         self.dialect = dialect
         self.sizes = _spatial_sizes(graph, preprocess)
         self.grids = written_grids(graph, plan, dialect) if plan and dialect else {}
@@ -126,7 +132,7 @@ class _Writer:
                 self._layer(node, module_of(self.graph, node))
             elif node.op == "output":
                 logits = cast(fx.Node, node.args[0])
-                self.node("Identity", [self.read(logits, node)], "logits")
+                self._output(logits.name)
                 features = self.sizes[logits.name][1]
             else:
                 raise EdgexError(f"node {node.name}: no ONNX form for {node.op} {node.target}")
@@ -136,10 +142,43 @@ class _Writer:
     def read(self, producer: fx.Node, consumer: fx.Node) -> str:
         """Return the tensor that `consumer` reads: in float, or through the producer's Q/DQ."""
         if consumer.name not in self.reads.get(producer.name, ()):
-            return producer.name
-        return (
-            self._shielded(producer) if self._computes_in_float(consumer) else f"{producer.name}_dq"
-        )
+            return self._typed(producer.name, consumer.name in self.half)
+        if self._computes_in_float(consumer):
+            return self._shielded(producer)
+        return self._levels(producer.name, consumer.name in self.half)
+
+    def _typed(self, tensor: str, half: bool) -> str:
+        """Return a tensor in float16 or float32, cast where it is written in the other."""
+        if (tensor in self.half) == half:
+            return tensor
+        name, kind = _TYPED[half]
+        cast_name = f"{tensor}_{name}"
+        if not self._is_written(cast_name):
+            self.node("Cast", [tensor], cast_name, to=kind)
+        return cast_name
+
+    def _levels(self, tensor: str, half: bool) -> str:
+        """Return the levels of a tensor as values in float16 or float32."""
+        first = f"{tensor}_dq"
+        if half == self._is_quantized_in_half(tensor):
+            return first
+        name = f"{first}_{_TYPED[half][0]}"
+        if not self._is_written(name):
+            quantized, scale, zero = next(n for n in self.nodes if n.name == first).input
+            value = self._float(self.grids[tensor].scale, half)
+            scale = self.constant(f"{tensor}_scale_{_TYPED[half][0]}", value)
+            self.node("DequantizeLinear", [quantized, scale, zero], name)
+        return name
+
+    def _is_written(self, name: str) -> bool:
+        return any(node.name == name for node in self.nodes)
+
+    def _is_quantized_in_half(self, tensor: str) -> bool:
+        return tensor in self.half and is_half(self.grids[tensor].scale)
+
+    def _float(self, value: npt.ArrayLike, half: bool) -> np.ndarray:
+        """Return numbers in float16 or float32; scales must be numbers of that type already."""
+        return np.asarray(value, np.float16 if half else np.float32)
 
     def _computes_in_float(self, consumer: fx.Node) -> bool:
         pool = isinstance(_module(self.graph, consumer), MaxPoolSame)
@@ -154,7 +193,7 @@ class _Writer:
         a DequantizeLinear behind a max-pool, too). One equal scale per channel keeps it from it.
         """
         name = f"{producer.name}_dq_channels"
-        if all(node.name != name for node in self.nodes):
+        if not self._is_written(name):
             channels = self.sizes[producer.name][1]
             grid = self.grids[producer.name]
             kind = np.int8 if grid.signed else np.uint8
@@ -181,34 +220,44 @@ class _Writer:
 
     def _input(self) -> None:
         grid = self.grids.get(INPUT)
-        self.node("Transpose", ["images"], "images_nchw", perm=[0, 3, 1, 2])
-        if grid is not None and not grid.signed:
-            return  # uint8 with zero point 128 is the photo itself: no rounding, no node
-        self.node("Cast", ["images_nchw"], "images_float", to=TensorProto.FLOAT)
-        offset = self.constant("pixel_offset", np.float32(PIXEL_OFFSET))
-        self.node("Sub", ["images_float", offset], INPUT)
+        half = INPUT in self.half
+        if self.plan is None or (self.dialect and has_half(self.dialect)):
+            # TensorRT reads uint8 at the network's input only, and only a Cast may read it.
+            self.node("Cast", ["images"], "images_float", to=_TYPED[half][1])
+            self.node("Transpose", ["images_float"], "images_nchw", perm=[0, 3, 1, 2])
+            floats = "images_nchw"
+        else:
+            self.node("Transpose", ["images"], "images_nchw", perm=[0, 3, 1, 2])
+            if grid is not None and not grid.signed:
+                return  # uint8 with zero point 128 is the photo itself: no rounding, no node
+            floats = "images_float"
+            self.node("Cast", ["images_nchw"], floats, to=TensorProto.FLOAT)
+        offset = self.constant("pixel_offset", self._float(PIXEL_OFFSET, half))
+        self.node("Sub", [floats, offset], INPUT)
+
+    def _output(self, logits: str) -> None:
+        if logits in self.half:
+            self.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
+        else:
+            self.node("Identity", [logits], "logits")
 
     def _quantize_output(self, node: fx.Node) -> None:
         grid = self.grids.get(node.name)
         if grid is None:
             return
-        name = node.name
+        name, half = node.name, self._is_quantized_in_half(node.name)
         kind = np.int8 if grid.signed else np.uint8
-        scale = self.constant(f"{name}_scale", np.float32(grid.scale))
+        scale = self.constant(f"{name}_scale", self._float(grid.scale, half))
         zero = self.constant(f"{name}_zero_point", kind(grid.zero_point))
         if node.op == "placeholder" and not grid.signed:
             quantized = "images_nchw"
         else:
             quantized = f"{name}_q"
-            self.node("QuantizeLinear", [name, scale, zero], quantized)
+            self.node("QuantizeLinear", [self._typed(name, half), scale, zero], quantized)
         self.node("DequantizeLinear", [quantized, scale, zero], f"{name}_dq")
 
     def _layer(self, node: fx.Node, module: nn.Module) -> None:
         inputs = [self.read(cast(fx.Node, argument), node) for argument in node.args]
-        half = self.precision.get(node.name) == "fp16"
-        if half:
-            self.node("Cast", inputs, f"{node.name}_input_half", to=TensorProto.FLOAT16)
-            inputs = [f"{node.name}_input_half"]
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             inputs += self._weights(node, module)
         for kind, write in _WRITERS.items():
@@ -217,39 +266,25 @@ class _Writer:
                 break
         else:
             raise EdgexError(f"node {node.name}: no ONNX form for {type(module).__name__}")
-        if half:
-            self._widen(self.nodes[-1], node.name)
-
-    def _widen(self, written: onnx.NodeProto, name: str) -> None:
-        """Bring the output of a float16 node back to float32 under the name that others read."""
-        written.name = written.output[0] = f"{name}_half"
-        self.node("Cast", [f"{name}_half"], name, to=TensorProto.FLOAT)
 
     def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
-        name = node.name
+        name, half = node.name, node.name in self.half
         weight = layer.weight.detach()
         if self.plan is None or self.dialect is None or name in self.precision:
-            half = self.precision.get(name) == "fp16"
-            bias = None if layer.bias is None else layer.bias.detach()
-            if half:
-                weight, bias = half_parameters(name, layer)
-            names = [self.constant(f"{name}_weight", weight.numpy())]
-            if bias is not None:
-                names.append(self.constant(f"{name}_bias", bias.numpy()))
-            return names
-        grid = self.plan.weights[name]
-        scales = np.array(grid.scales, dtype=np.float32)
-        integers = quantize_weight(weight, grid).numpy()
-        names = [self._dequantized(f"{name}_weight", integers, scales)]
-        if layer.bias is None:
-            return names
-        if not self.dialect.integer_bias:
-            return [*names, self.constant(f"{name}_bias", layer.bias.detach().numpy())]
-        steps = accumulator_scales(self.grids[cast(fx.Node, node.args[0]).name], grid)
-        return [
-            *names,
-            self._dequantized(f"{name}_bias", quantize_bias(name, layer.bias, steps), steps),
-        ]
+            names = [self.constant(f"{name}_weight", self._float(weight.numpy(), half))]
+        else:
+            grid = self.plan.weights[name]
+            integers = quantize_weight(weight, grid).numpy()
+            scales = self._float(grid.scales, half)
+            names = [self._dequantized(f"{name}_weight", integers, scales)]
+            if layer.bias is not None and self.dialect.integer_bias:
+                steps = accumulator_scales(self.grids[cast(fx.Node, node.args[0]).name], grid)
+                bias = quantize_bias(name, layer.bias, steps)
+                return [*names, self._dequantized(f"{name}_bias", bias, steps)]
+        if layer.bias is not None:
+            bias = self._float(layer.bias.detach().numpy(), half)
+            names.append(self.constant(f"{name}_bias", bias))
+        return names
 
     def _dequantized(self, name: str, integers: np.ndarray, scales: np.ndarray) -> str:
         quantized = self.constant(f"{name}_q", integers)
@@ -314,6 +349,7 @@ def _average_pool(writer: _Writer, node: fx.Node, module: nn.Module, inputs: lis
     writer.node("Flatten", [f"{node.name}_mean"], node.name)
 
 
+_TYPED = {False: ("fp32", TensorProto.FLOAT), True: ("fp16", TensorProto.FLOAT16)}
 _LayerWriter = Callable[[_Writer, fx.Node, nn.Module, list[str]], None]
 _WRITERS: Mapping[type[nn.Module], _LayerWriter] = {
     nn.Conv2d: _convolution,

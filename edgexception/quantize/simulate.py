@@ -23,7 +23,8 @@ With acc the integer sum, d = scale_input * scale_weight (float32), s and z of t
   TensorRT rounds has not been seen yet.
 
 All roundings are to even, all q saturate at the ends of their grid, all else is float32. A layer in
-fp32 is torch's own; one in fp16 rounds its input, weights, bias and output to float16.
+fp32 is torch's own. A node in float16 (see `quantize.half`) rounds what it reads, its weights and
+bias, and what it writes to float16; an INT8 layer there its bias and what it writes.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ import torch
 from torch import fx, nn
 from torch.nn.functional import conv2d, linear
 
-from edgexception.errors import EdgexError, UsageError
+from edgexception.errors import EdgexError
 from edgexception.model.graph import layers, module_of
 from edgexception.model.xception import Add, MaxPoolSame
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.edges import layer_outputs
+from edgexception.quantize.half import FloatTypes, type_graph
 from edgexception.quantize.plan import ActivationQuant, QuantPlan, WeightQuant
 
 _Float32 = npt.NDArray[np.float32]
@@ -64,23 +66,6 @@ def accumulator_scales(source: ActivationQuant, grid: WeightQuant) -> _Float32:
     return scales
 
 
-def half_parameters(
-    name: str, layer: nn.Conv2d | nn.Linear
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weights and bias in float16; UsageError naming the layer if float16 cannot hold them.
-
-    Anything finite that becomes infinite is beyond 65,504.
-    """
-    weight = layer.weight.detach().half()
-    bias = None if layer.bias is None else layer.bias.detach().half()
-    if not all(torch.isfinite(v).all() for v in (weight, bias) if v is not None):
-        raise UsageError(
-            f"layer {name}: its weights reach beyond the 65,504 of float16; keep it in INT8, or "
-            "name it under `quantize.precision: {fp32: [...]}`"
-        )
-    return weight, bias
-
-
 def quantize_bias(name: str, bias: torch.Tensor, steps: _Float32) -> npt.NDArray[np.int32]:
     """Return a bias in steps of its layer's integer sum; EdgexError if it does not fit 32 bits."""
     integers = np.rint(bias.detach().double().numpy() / steps)
@@ -89,21 +74,23 @@ def quantize_bias(name: str, bias: torch.Tensor, steps: _Float32) -> npt.NDArray
     return integers.astype(np.int32)
 
 
-def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.GraphModule:
+def simulate(
+    graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect, types: FloatTypes | None = None
+) -> fx.GraphModule:
     """Return `graph` computing `plan` as the runtime of `dialect` does.
 
     Takes and returns what `graph` does; tensors between the layers hold float32 values on their
-    grids. Raises UsageError when the dialect cannot say the plan.
+    grids. `types` are those of the written graph; None is float32 but for the plan's fp16 layers.
+    Raises UsageError when the dialect cannot say the plan.
     """
     result = copy.deepcopy(graph)
     grids = written_grids(result, plan, dialect)
+    types = types or type_graph(result, plan, "fp32").types
     reads = rounded_reads(result, plan, grids, dialect)
     outputs = {layer: tensor for tensor, layer in layer_outputs(result, plan.precision).items()}
     rounding = {name: _rounding(grid, dialect) for name, grid in grids.items()}
     nodes = {node.name: node for node in result.graph.nodes}
     for name, layer in layers(result).items():
-        if plan.precision.get(name) == "fp16":
-            result.add_module(name, _HalfLayer(name, layer))
         if name in plan.precision:
             continue
         source = grids[cast(fx.Node, nodes[name].args[0]).name]
@@ -115,6 +102,7 @@ def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.Gra
         result.add_module(name, integer)
     if dialect.name == "onnxruntime":
         _add_integers(result, grids, reads, rounding)
+    _compute_in_half(result, types)
     for name, grid in grids.items():
         result.add_module(f"{name}_quantize", _Quantize(grid, rounding[name]))
         with result.graph.inserting_after(nodes[name]):
@@ -124,6 +112,22 @@ def simulate(graph: fx.GraphModule, plan: QuantPlan, dialect: Dialect) -> fx.Gra
     result.graph.lint()
     result.recompile()
     return result
+
+
+def simulate_float(graph: fx.GraphModule, types: FloatTypes) -> fx.GraphModule:
+    """Return `graph` computing in the types of a written float graph."""
+    result = copy.deepcopy(graph)
+    _compute_in_half(result, types)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def _compute_in_half(graph: fx.GraphModule, types: FloatTypes) -> None:
+    """Let nodes round what they read, hold and write to float16; sums stay float32."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.name in types.half:
+            graph.add_module(node.name, _Half(module_of(graph, node)))
 
 
 @dataclass(frozen=True)
@@ -267,18 +271,29 @@ def _add_integers(
                 rounding[node.name] = _Rounding()
 
 
-class _HalfLayer(nn.Module):
-    """A layer in float16, summed in float32."""
+class _Half(nn.Module):
+    """A node in float16, summed in float32. Levels on a grid of INT8 are read as they are."""
 
-    def __init__(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        weight, bias = half_parameters(name, layer)
-        self.layer = copy.deepcopy(layer)
-        self.layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-        self.layer.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.module = copy.deepcopy(module)
+        self.integer = isinstance(module, _IntegerLayer)
+        if isinstance(self.module, (nn.Conv2d, nn.Linear)):
+            weight = _halved(self.module.weight)
+            self.module.weight = nn.Parameter(weight, requires_grad=False)
+        bias = getattr(self.module, "bias", None)
+        if bias is not None:
+            rounded = nn.Parameter(_halved(bias), requires_grad=False)
+            self.module.bias = rounded.data if self.integer else rounded
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.layer(x.half().float())).half().float()
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        read = inputs if self.integer else tuple(_halved(x) for x in inputs)
+        return _halved(cast(torch.Tensor, self.module(*read)))
+
+
+def _halved(values: torch.Tensor) -> torch.Tensor:
+    """Return float32 values rounded to float16's."""
+    return values.detach().half().float()
 
 
 def _integer_sources(

@@ -249,7 +249,7 @@ def test_a_half_layer_is_half_in_the_graph_and_computes_so() -> None:
     assert values["predictions_bias"].dtype == np.float16
     shapes = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     kinds = {v.name: v.type.tensor_type.elem_type for v in shapes.graph.value_info}
-    assert kinds["predictions_half"] == onnx.TensorProto.FLOAT16
+    assert kinds["predictions"] == onnx.TensorProto.FLOAT16
     assert kinds["block2_sepconv2_depthwise"] == onnx.TensorProto.FLOAT
     only = mixed("predictions", plan=SYMMETRIC, precision="fp16")
     model = to_onnx(GRAPH, SPEC, None, plan=only, dialect=DIALECTS["tensorrt"])
@@ -262,7 +262,7 @@ def test_a_half_layer_rounds_where_the_graph_says() -> None:
     """One layer, read where it leaves float16: ONNX Runtime drops the Cast there and back."""
     plan = mixed("block1_conv1", plan=SYMMETRIC, precision="fp16")
     model = to_onnx(GRAPH, SPEC, None, plan=plan, dialect=DIALECTS["tensorrt"])
-    half = onnx.helper.make_tensor_value_info("block1_conv1_half", onnx.TensorProto.FLOAT16, None)
+    half = onnx.helper.make_tensor_value_info("block1_conv1", onnx.TensorProto.FLOAT16, None)
     model.graph.output.insert(0, half)
     executed = run_onnxruntime(model, IMAGES, optimize=False).astype(np.float32)
     network = simulate(GRAPH, plan, DIALECTS["tensorrt"])
