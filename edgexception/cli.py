@@ -63,12 +63,19 @@ _QUANTIZE: dict[str, Any] = _MODEL | {
 _EXPORT: dict[str, Any] = _QUANTIZE | {
     "dialect": _option(list[str], "onnxruntime, openvino or tensorrt; may be repeated."),
 }
+_FORMS: dict[str, Any] = _EXPORT | {
+    "precision": _option(
+        list[str], "int8 (default), fp16 or int8-fp16; may be repeated. fp16: tensorrt only."
+    ),
+}
 _ENGINE: dict[str, Any] = _QUANTIZE | {
     "target": _option(str | None, "A device of `edgex targets`."),
     "runtime": _option(
         list[str], "A runtime of the target; may be repeated. Default: auto, all of them."
     ),
-    "precision": _option(list[str], "fp32 or int8; may be repeated. Default: what can be had."),
+    "precision": _option(
+        list[str], "fp32, fp16, int8 or int8-fp16; may be repeated. Default: fp32 and int8."
+    ),
     "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
     "threads": _option(int | None, "Threads of the runtime. Default: one a core."),
 }
@@ -120,7 +127,7 @@ _stage_command("quantize", "quantize", _QUANTIZE, "Quantize to INT8 on calibrati
 _stage_command(
     "sensitivity", "sensitivity", _EXPORT, "Measure what each edge and weight costs in INT8."
 )
-_stage_command("export", "export", _EXPORT, "Write ONNX, in float and in INT8, and compare.")
+_stage_command("export", "export", _FORMS, "Write ONNX, in float and in INT8, and compare.")
 _stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
 _stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")
 

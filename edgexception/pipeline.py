@@ -49,7 +49,7 @@ from edgexception.stages import (
     sensitivity,
     verify,
 )
-from edgexception.targets import find_dialect, find_target, load_targets
+from edgexception.targets import Form, find_dialect, find_target, load_targets
 from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "sensitivity", "export", "build", "bench"]
@@ -91,10 +91,10 @@ class _Run:
     calibration: ImageSet | None = None
     quantized: Artifact | None = None
     sensitivity: Artifact | None = None
-    exports: dict[str, Artifact] = field(default_factory=dict)
-    parity: dict[tuple[str, str | None], Artifact] = field(default_factory=dict)
+    exports: dict[Form, Artifact] = field(default_factory=dict)
+    parity: dict[tuple[Form, str | None], Artifact] = field(default_factory=dict)
     parity_from: str = ""
-    parity_faults: dict[tuple[str, str | None], EdgexError] = field(default_factory=dict)
+    parity_faults: dict[tuple[Form, str | None], EdgexError] = field(default_factory=dict)
     engines: dict[Place, Artifact] = field(default_factory=dict)
     measured: dict[Place, Measured] = field(default_factory=dict)
     faults: dict[Place, EdgexError] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def _reaches(last: Last, stage: Last) -> bool:
 
 def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
     """Refuse what cannot work before a network is trained for an hour."""
-    int8 = any("int8" in spec.precisions for spec in recipe.targets) or recipe.export.dialects
+    int8 = dialects_of(recipe)
     if last == "export" and recipe.quantize and not int8:
         raise UsageError(
             "the network is quantized, but nothing says for which runtime to write it: add "
@@ -259,15 +259,17 @@ def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
 
 
 def _export(state: _Run) -> None:
-    """Export float always, and INT8 in every dialect that a target or the recipe asks for."""
-    batch = state.recipe.export.batch
-    state.exports["fp32"] = export(state.shop, state.model, None, "", batch)
-    if state.quantized is None:
-        return
-    wanted = [place.dialect for place in state.places if place.precision == "int8"]
-    for dialect in dict.fromkeys((*wanted, *state.recipe.export.dialects)):
-        state.exports[f"int8-{dialect}"] = export(
-            state.shop, state.model, state.quantized, dialect, batch
+    """Export float32 always, and every form that a target or the recipe asks for."""
+    spec = state.recipe.export
+    asked = [Form(precision, name) for name in spec.dialects for precision in spec.precisions]
+    for form in dict.fromkeys((Form("fp32"), *(p.form for p in state.places), *asked)):
+        state.exports[form] = export(
+            state.shop,
+            state.model,
+            state.quantized if form.int8 else None,
+            form,
+            spec.batch,
+            state.calibration,
         )
 
 
@@ -287,10 +289,10 @@ def _verify(state: _Run) -> None:
                 state.parity[form, runtime] = verify(
                     state.shop,
                     state.model,
-                    None if form == "fp32" else state.quantized,
+                    state.quantized if form.int8 else None,
                     exported,
                     answers,
-                    form.removeprefix("int8-"),
+                    form,
                     runtime,
                     state.recipe.export.batch or 1,
                 )
@@ -299,7 +301,7 @@ def _verify(state: _Run) -> None:
             state.faults[place] = state.parity_faults[place.form, place.runtime]
 
 
-def _readers(state: _Run, form: str) -> tuple[str | None, ...]:
+def _readers(state: _Run, form: Form) -> tuple[str | None, ...]:
     """Return the runtimes that a form is compared on: the targets', else one here, else None."""
     if wanted := dict.fromkeys(place.runtime for place in state.places if place.form == form):
         return tuple(wanted)
@@ -311,7 +313,7 @@ def _readers(state: _Run, form: str) -> tuple[str | None, ...]:
         for runtime, row in target.runtimes.items()
         if runtime in machine.runtimes and machine.runtimes[runtime].missing is None
     }
-    able = [r for r, dialect in here.items() if form in ("fp32", f"int8-{dialect}")]
+    able = [r for r, dialect in here.items() if form.dialect in ("", dialect)]
     return (able[0] if able else None,)
 
 
@@ -418,9 +420,9 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
             links[name] = state.quantized.file(name)
     if state.sensitivity is not None:
         links["sensitivity.json"] = state.sensitivity.file("sensitivity.json")
-    links |= {f"onnx/{form}.onnx": a.file("model.onnx") for form, a in state.exports.items()}
+    links |= {f"onnx/{form.name}.onnx": a.file("model.onnx") for form, a in state.exports.items()}
     links |= {
-        f"onnx/{form}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")
+        f"onnx/{form.name}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")
         for (form, runtime), artifact in state.parity.items()
     }
     for place, row in zip(state.places, report.rows, strict=True):

@@ -273,7 +273,12 @@ class ExportSpec(Spec):
     """How the network is written as ONNX."""
 
     dialects: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ()
-    """Dialects of the INT8 network to write beside those that the targets read."""
+    """Dialects to write the network in beside those that the targets read."""
+    precisions: Annotated[tuple[Literal["fp16", "int8", "int8-fp16"], ...], Field(min_length=1)] = (
+        "int8",
+    )
+    """In which precisions `dialects` are written; fp32 always is. Only the tensorrt dialect has
+    float16."""
     batch: Count | None = None
     """A fixed batch size; None leaves it open, and each engine fixes its own."""
 

@@ -23,6 +23,8 @@ from edgexception.targets import (
     find_dialect,
     find_runtime,
     find_target,
+    is_half,
+    is_int8,
     load_dialects,
     load_targets,
 )
@@ -78,9 +80,11 @@ def dialects_of(recipe: Recipe) -> tuple[str, ...]:
             names += [
                 find_runtime(spec.target, runtime).dialect
                 for runtime in spec.runtime_names
-                if "int8" in spec.precisions
+                if any(map(is_int8, spec.precisions))
             ]
-    return tuple(dict.fromkeys((*names, *recipe.export.dialects)))
+    if any(map(is_int8, recipe.export.precisions)):
+        names += recipe.export.dialects
+    return tuple(dict.fromkeys(names))
 
 
 def _precision_is_one_way(recipe: Recipe) -> Iterator[Fault]:
@@ -281,7 +285,7 @@ def _runtimes(spec: TargetSpec) -> Iterator[tuple[int, str]]:
 def _int8_is_quantized(recipe: Recipe) -> Iterator[Fault]:
     if recipe.quantize is None:
         for index, spec in enumerate(recipe.targets):
-            if "int8" in spec.precisions:
+            if any(map(is_int8, spec.precisions)):
                 yield Fault(
                     ("targets", index, "precisions"),
                     "asks for int8, but nothing is quantized; add a `quantize:` section "
@@ -298,7 +302,7 @@ def _dialects_can_say_the_plan(recipe: Recipe) -> Iterator[Fault]:
                 dialect = find_dialect(spec.target, runtime)
             except UsageError:
                 continue  # another rule names it
-            if "int8" in spec.precisions:
+            if any(map(is_int8, spec.precisions)):
                 path: KeyPath = ("targets", index, "runtimes", position)
                 yield from _can_say(runtime, dialect, recipe.quantize.activations, path)
 
@@ -314,6 +318,9 @@ def _can_say(name: str, dialect: Dialect, activations: str, path: KeyPath) -> It
 
 def _exports_are_quantized(recipe: Recipe) -> Iterator[Fault]:
     yield from _distinct(recipe.export.dialects, ("export", "dialects"), "dialect")
+    yield from _distinct(recipe.export.precisions, ("export", "precisions"), "precision")
+    if not any(map(is_int8, recipe.export.precisions)):
+        return
     if recipe.quantize is None:
         if recipe.export.dialects:
             yield Fault(
@@ -325,6 +332,29 @@ def _exports_are_quantized(recipe: Recipe) -> Iterator[Fault]:
     for position, name in enumerate(recipe.export.dialects):
         path: KeyPath = ("export", "dialects", position)
         yield from _can_say(name, load_dialects()[name], recipe.quantize.activations, path)
+
+
+def _half_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
+    """FP16 needs ranges to be safe, and a dialect that has it."""
+    asked: list[KeyPath] = [
+        ("targets", index, "precisions")
+        for index, spec in enumerate(recipe.targets)
+        if any(map(is_half, spec.precisions))
+    ]
+    if any(map(is_half, recipe.export.precisions)):
+        path: KeyPath = ("export", "precisions")
+        asked.append(path)
+        if not recipe.export.dialects:
+            yield Fault(path, "asks for float16, but `export.dialects` is empty; add tensorrt")
+        for name in recipe.export.dialects:
+            if "fp16" not in load_dialects()[name].float_layers:
+                yield Fault(path, f"asks for float16, which {name} does not have; take it out")
+    for path in asked if recipe.calibration is None else ():
+        yield Fault(
+            path,
+            "asks for float16, which needs images to see that no tensor goes beyond 65,504; add a "
+            "`calibration:` section",
+        )
 
 
 def _batch_is_measured(recipe: Recipe) -> Iterator[Fault]:
@@ -363,11 +393,11 @@ def _gate_has_labels(source: Source, path: KeyPath) -> Iterator[Fault]:
 
 
 def _gate_has_engines(name: str, targets: Sequence[TargetSpec], path: KeyPath) -> Iterator[Fault]:
-    if not any("int8" in spec.precisions for spec in targets):
+    if not any(is_int8(precision) for spec in targets for precision in spec.precisions):
         yield Fault(path, "bounds int8 engines, but no target builds one; remove this gate")
     if name in ("top1_drop_max", "speedup_min"):
         for index, spec in enumerate(targets):
-            if spec.precisions == ("int8",):
+            if any(map(is_int8, spec.precisions)) and "fp32" not in spec.precisions:
                 yield Fault(
                     path,
                     f"compares int8 with fp32, which targets[{index}] does not build; "
@@ -393,6 +423,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize targets", _int8_is_quantized),
     ("quantize targets", _dialects_can_say_the_plan),
     ("quantize export", _exports_are_quantized),
+    ("calibration targets export", _half_has_what_it_needs),
     ("export bench", _batch_is_measured),
     ("gates bench evaluation targets", _gates_are_measured),
 )

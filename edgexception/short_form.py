@@ -13,6 +13,7 @@ from edgexception.errors import UsageError
 from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
+from edgexception.targets import is_int8
 from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -27,7 +28,7 @@ _NEEDED: dict[str, dict[str, str]] = {
 
 _DEPENDENT = {
     "calibration": ("images", "crops", "activations", "ranges", "weight_bits", "dialect"),
-    "target": ("runtime", "precision", "batch", "threads"),
+    "target": ("runtime", "batch", "threads"),
 }
 
 
@@ -92,6 +93,16 @@ def _check_used(flags: Flags) -> None:
             for name in dependents:
                 if getattr(flags, name) not in (None, ()):
                     raise UsageError(f"--{_flag(name)} has no effect without --{_flag(base)}")
+    if flags.precision and flags.target is None and not flags.dialect:
+        raise UsageError("--precision has no effect without --target, or --dialect for export")
+    for name in ("activations", "ranges", "weight_bits"):
+        if getattr(flags, name) is not None and not _quantizes(flags):
+            asked = ", ".join(flags.precision)
+            raise UsageError(f"--{_flag(name)} has no effect with --precision {asked} alone")
+
+
+def _quantizes(flags: Flags) -> bool:
+    return not flags.precision or any(map(is_int8, flags.precision))
 
 
 def _flag(name: str) -> str:
@@ -126,6 +137,7 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
                 "crops_per_photo": flags.crops,
             }
         )
+    if flags.calibration is not None and _quantizes(flags):
         sections["quantize"] = _set(
             {
                 "method": "ptq",
@@ -138,7 +150,9 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
         sections["evaluation"] = {"source": _labelled(flags.evaluation)}
     batches = _batches(flags.batch)
     if flags.dialect:
-        sections["export"] = {"dialects": flags.dialect}
+        sections["export"] = _set(
+            {"dialects": flags.dialect, "precisions": flags.precision or None}
+        )
     if flags.target is not None:
         precisions = flags.precision or (("fp32", "int8") if flags.calibration else ("fp32",))
         sections["targets"] = [

@@ -7,6 +7,7 @@ needs torch is imported inside a stage, so that a run with nothing left to do do
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +25,14 @@ from edgexception.imageset import ImageSet
 from edgexception.model_stages import load_model
 from edgexception.recipe import CalibrationSpec, PtqSpec
 from edgexception.report.assemble import compare
+from edgexception.targets import Form, load_dialects
 from edgexception.workshop import Workshop, versions, write_json
 
 if TYPE_CHECKING:
     from torch import fx
 
     from edgexception.model.checkpoint import TrainedModel
+    from edgexception.quantize.half import FloatTypes
     from edgexception.quantize.plan import QuantPlan
     from edgexception.quantize.ptq import Quantized
 
@@ -139,9 +142,19 @@ def sensitivity(
 
 
 def export(
-    shop: Workshop, model: Artifact, quantized: Artifact | None, dialect: str, batch: int | None
+    shop: Workshop,
+    model: Artifact,
+    quantized: Artifact | None,
+    form: Form,
+    batch: int | None,
+    images: ImageSet | None,
 ) -> Artifact:
-    """Write `model.onnx`: in float, or the quantized network in the words of `dialect`."""
+    """Write a network in one form: `model.onnx`, and `types.json` on its float16 nodes.
+
+    `quantized` is None for forms without INT8. Where the form has float16 nodes, `images` show
+    which tensors stay within its range.
+    """
+    looked_at = images if form.dialect and "fp16" in _float_layers(form) else None
 
     def write(folder: Path) -> None:
         from edgexception.export.onnx_graph import to_onnx
@@ -149,12 +162,14 @@ def export(
 
         trained = load_model(model)
         graph, plan = _graph_and_plan(trained, quantized)
+        types = _types(shop, graph, plan, form, looked_at, folder)
         proto = to_onnx(
             graph,
             trained.preprocess,
             trained.classes,
             plan=plan,
-            dialect=None if plan is None else DIALECTS[dialect],
+            dialect=None if plan is None else DIALECTS[form.dialect],
+            types=types,
             batch=batch,
         )
         (folder / "model.onnx").write_bytes(proto.SerializeToString(deterministic=True))
@@ -162,11 +177,56 @@ def export(
     inputs = {
         "model": model.digest,
         "quantized": None if quantized is None else quantized.digest,
-        "dialect": None if quantized is None else dialect,
+        "form": form.name,
+        "images": None if looked_at is None else looked_at.digest,
         "batch": batch,
         "versions": versions("torch", "onnx"),
     }
-    return shop.once("export", "fp32" if quantized is None else f"int8 {dialect}", inputs, write)
+    return shop.once("export", form.name, inputs, write)
+
+
+def _float_layers(form: Form) -> tuple[str, ...]:
+    return load_dialects()[form.dialect].float_layers
+
+
+def _types(
+    shop: Workshop,
+    graph: fx.GraphModule,
+    plan: QuantPlan | None,
+    form: Form,
+    images: ImageSet | None,
+    folder: Path,
+) -> FloatTypes:
+    """Decide the float types of a graph and write them down: `types.json`."""
+    import torch
+
+    from edgexception.model.graph import to_graph_input
+    from edgexception.quantize.half import MARGIN, peaks_of, type_graph
+
+    asked = form.half or (plan is not None and "fp16" in plan.precision.values())
+    peaks = None
+    if asked:
+        batches = () if images is None else images.batches(TORCH_BATCH)
+        names = () if images is None else [sample.name for sample in images.samples]
+        shop.progress(Progress("ranges for float16", 0, 1, None))
+        peaks = peaks_of(graph, (to_graph_input(torch.from_numpy(b)) for b in batches), names)
+    types = type_graph(graph, plan, "fp16" if form.half else "fp32", peaks)
+    facts = {
+        "fp16": sorted(types.half),
+        "fp32": types.kept,
+        "margin": MARGIN,
+        "images": len(images) if images is not None and asked else None,
+        "peaks": peaks,
+    }
+    write_json(folder / "types.json", facts)
+    return types
+
+
+def _types_of(exported: Artifact) -> FloatTypes:
+    from edgexception.quantize.half import FloatTypes
+
+    facts = json.loads(exported.file("types.json").read_bytes())
+    return FloatTypes(frozenset(facts["fp16"]), facts["fp32"])
 
 
 def _graph_and_plan(
@@ -251,7 +311,7 @@ def verify(
     quantized: Artifact | None,
     exported: Artifact,
     images: Artifact,
-    dialect: str,
+    form: Form,
     runtime: str | None,
     batch: int,
 ) -> Artifact:
@@ -264,14 +324,19 @@ def verify(
 
     def write(folder: Path) -> None:
         from edgexception.quantize.dialects import DIALECTS
-        from edgexception.quantize.simulate import simulate
+        from edgexception.quantize.simulate import simulate, simulate_float
 
         floats = np.load(images.file("logits.npy"), allow_pickle=False)
         rows: dict[str, Any] = {"images": len(floats), "runtime": runtime}
         expected = floats
         graph, plan = _graph_and_plan(load_model(model), quantized)
-        if plan is not None:
-            simulated = simulate(graph, plan, DIALECTS[dialect])
+        if form.dialect:
+            types = _types_of(exported)
+            simulated = (
+                simulate_float(graph, types)
+                if plan is None
+                else simulate(graph, plan, DIALECTS[form.dialect], types)
+            )
             expected = _torch_logits(shop, simulated, images.file("images.npy"))
             rows["simulated_vs_float"] = compare(floats, expected)
         if runtime is None:
@@ -282,7 +347,7 @@ def verify(
                 executed = _executed(shop, exported, pixels, runtime, batch, work)
             rows["executed_vs_float"] = compare(floats, executed)
             rows["executed_vs_torch"] = compare(expected, executed)
-            if plan is None:
+            if form.name == "fp32":
                 _check_float(rows["executed_vs_torch"]["sqnr_db"], runtime)
         write_json(folder / "parity.json", rows)
 
@@ -291,13 +356,12 @@ def verify(
         "quantized": None if quantized is None else quantized.digest,
         "exported": exported.digest,
         "images": images.digest,
-        "dialect": dialect,
+        "form": form.name,
         "batch": batch,
         "machine": None if runtime is None else shop.identity(runtime),
         "versions": versions("torch"),
     }
-    form = "fp32" if quantized is None else "int8"
-    what = f"{form} on {runtime}" if runtime else f"{form} {dialect}, simulated only"
+    what = f"{form.name} on {runtime}" if runtime else f"{form.name}, simulated only"
     return shop.once("verify", what, inputs, write)
 
 

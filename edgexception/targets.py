@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Literal
 
@@ -12,8 +13,48 @@ from edgexception.errors import EdgexError, UsageError
 from edgexception.strict_yaml import parse_yaml, quoted
 from edgexception.typed_yaml import closest, report, validate
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int8-fp16"]
+"""What a network computes in. int8: what is not INT8 is float32. int8-fp16: it is float16."""
 Activations = Literal["asymmetric", "symmetric"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a network as ONNX: in a precision, for the runtimes of a dialect."""
+
+    precision: Precision
+    dialect: str = ""
+    """None for fp32, which every runtime reads."""
+
+    @property
+    def name(self) -> str:
+        """What files and reports call it: "fp32", "int8-openvino", "int8-fp16-tensorrt"."""
+        return f"{self.precision}-{self.dialect}" if self.dialect else self.precision
+
+    @property
+    def int8(self) -> bool:
+        """Whether the quantized network is written."""
+        return is_int8(self.precision)
+
+    @property
+    def half(self) -> bool:
+        """Whether all is float16 that is not INT8 and need not be float32."""
+        return is_half(self.precision)
+
+
+def form_of(precision: Precision, dialect: str) -> Form:
+    """Return the form that an engine of `precision` is built from where `dialect` is read."""
+    return Form("fp32") if precision == "fp32" else Form(precision, dialect)
+
+
+def is_int8(precision: str) -> bool:
+    """Whether a precision is one of the quantized network."""
+    return precision in ("int8", "int8-fp16")
+
+
+def is_half(precision: str) -> bool:
+    """Whether the float parts of a precision are float16."""
+    return precision in ("fp16", "int8-fp16")
 
 
 class Row(BaseModel):

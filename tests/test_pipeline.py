@@ -137,13 +137,13 @@ def test_a_second_run_does_nothing_says_so_and_needs_no_torch(home: Path, tmp_pa
 
 
 INT8 = {
-    "quantize", "export int8 onnxruntime", "verify int8 on onnxruntime", "build", "evaluate",
-    "bench",
+    "quantize", "export int8-onnxruntime", "verify int8-onnxruntime on onnxruntime", "build",
+    "evaluate", "bench",
 }  # fmt: skip
 ENGINES = {"build", "evaluate", "bench"}
 EXPORTS = {
-    "export fp32", "export int8 onnxruntime", "verify fp32 on onnxruntime",
-    "verify int8 on onnxruntime",
+    "export fp32", "export int8-onnxruntime", "verify fp32 on onnxruntime",
+    "verify int8-onnxruntime on onnxruntime",
 }  # fmt: skip
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "nothing": ({}, set()),

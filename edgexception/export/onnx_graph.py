@@ -25,7 +25,7 @@ from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
 from edgexception.quantize.dialects import Dialect, has_half, rounded_reads, written_grids
-from edgexception.quantize.half import FloatTypes, is_half, type_graph
+from edgexception.quantize.half import FloatTypes, is_half_number, type_graph, with_half_scales
 from edgexception.quantize.plan import QuantPlan
 from edgexception.quantize.simulate import (
     accumulator_scales,
@@ -59,7 +59,9 @@ def to_onnx(
         raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
     if plan is not None and dialect is not None:
         graph, plan = widened(graph, plan, dialect.widths)
-    types = types or type_graph(graph, plan, "fp32").types
+    types = types or type_graph(graph, plan, "fp32")
+    if plan is not None:
+        plan = with_half_scales(plan, graph, types)
     writer = _Writer(graph, preprocess, plan, dialect, types)
     outputs = writer.write()
     height, width = preprocess.input_size
@@ -174,10 +176,10 @@ class _Writer:
         return any(node.name == name for node in self.nodes)
 
     def _is_quantized_in_half(self, tensor: str) -> bool:
-        return tensor in self.half and is_half(self.grids[tensor].scale)
+        return tensor in self.half and is_half_number(self.grids[tensor].scale)
 
     def _float(self, value: npt.ArrayLike, half: bool) -> np.ndarray:
-        """Return numbers in float16 or float32; scales must be numbers of that type already."""
+        """Return numbers in float16 or float32; a plan's scales are such numbers already."""
         return np.asarray(value, np.float16 if half else np.float32)
 
     def _computes_in_float(self, consumer: fx.Node) -> bool:

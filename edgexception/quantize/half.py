@@ -64,14 +64,6 @@ class FloatTypes:
     """Nodes that stay float32 though float16 is asked for, and why."""
 
 
-@dataclass(frozen=True)
-class TypedPlan:
-    """The float types of a graph, and its plan with the scales that can be written in them."""
-
-    types: FloatTypes
-    plan: QuantPlan | None
-
-
 def peaks_of(
     graph: fx.GraphModule, batches: Iterable[torch.Tensor], names: Sequence[str] = ()
 ) -> dict[str, float]:
@@ -110,7 +102,7 @@ def type_graph(
     plan: QuantPlan | None,
     base: FloatPrecision,
     peaks: Mapping[str, float] | None = None,
-) -> TypedPlan:
+) -> FloatTypes:
     """Decide the float type of every node, where `base` is asked for all that the plan leaves open.
 
     `peaks` are the tensors' largest values, which base fp16 needs. With base fp32 only those layers
@@ -128,12 +120,12 @@ def type_graph(
                 f"layer {node.name}: {fault}; keep it in INT8, or name it under "
                 "`quantize.precision: {fp32: [...]}`"
             )
-    return TypedPlan(FloatTypes(named), plan)
+    return FloatTypes(named)
 
 
 def _half_graph(
     graph: fx.GraphModule, plan: QuantPlan | None, peaks: Mapping[str, float]
-) -> TypedPlan:
+) -> FloatTypes:
     half: set[str] = set()
     kept: dict[str, str] = {}
     for node in graph.graph.nodes:
@@ -150,8 +142,7 @@ def _half_graph(
             kept[node.name] = fault
         else:
             half.add(node.name)
-    types = FloatTypes(frozenset(half), kept)
-    return TypedPlan(types, None if plan is None else _rounded(plan, graph, types))
+    return FloatTypes(frozenset(half), kept)
 
 
 def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -169,6 +160,12 @@ def _overflow(
     peaks: Mapping[str, float] | None,
 ) -> str | None:
     """Return what of a node's tensors and numbers may be beyond float16, or None."""
+    layer = _module(graph, node)
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        for what, values in (("weights", layer.weight), ("biases", layer.bias)):
+            largest = 0.0 if values is None else float(values.detach().abs().max())
+            if largest > LARGEST:
+                return f"its {what} reach {largest:.3g}, beyond the 65,504 of float16"
     integer = plan is not None and node.name in plan.weights  # reads levels, not the tensor
     sources = [] if integer else [source.name for source in node.all_input_nodes]
     for tensor in (*sources, node.name):
@@ -177,13 +174,6 @@ def _overflow(
                 f"tensor {tensor} reaches {peaks[tensor]:.3g} on the calibration images, and "
                 f"{MARGIN:g} times that is beyond the 65,504 of float16"
             )
-    layer = _module(graph, node)
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return None
-    for what, values in (("weights", layer.weight), ("biases", layer.bias)):
-        largest = 0.0 if values is None else float(values.detach().abs().max())
-        if largest > LARGEST:
-            return f"its {what} reach {largest:.3g}, beyond the 65,504 of float16"
     return None
 
 
@@ -228,8 +218,11 @@ def _weight_loss(weight: torch.Tensor, audible: torch.Tensor) -> str | None:
 # --- scales that are float16 numbers --------------------------------------------------------------
 
 
-def _rounded(plan: QuantPlan, graph: fx.GraphModule, types: FloatTypes) -> QuantPlan:
-    """Return the plan with every scale that a float16 layer uses as a float16 number."""
+def with_half_scales(plan: QuantPlan, graph: fx.GraphModule, types: FloatTypes) -> QuantPlan:
+    """Return the plan with every scale that a float16 layer uses as a float16 number.
+
+    Integers must be made with these scales: they are the ones that the written graph has.
+    """
     edges = {
         edge
         for edge, names in input_edges(graph).items()
@@ -260,6 +253,6 @@ def _rounded_up(scales: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def is_half(scale: float) -> bool:
+def is_half_number(scale: float) -> bool:
     """Tell whether a scale is a float16 number."""
     return float(np.float16(scale)) == float(np.float32(scale))

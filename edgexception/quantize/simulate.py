@@ -44,7 +44,7 @@ from edgexception.model.graph import layers, module_of
 from edgexception.model.xception import Add, MaxPoolSame
 from edgexception.quantize.dialects import Dialect, rounded_reads, written_grids
 from edgexception.quantize.edges import layer_outputs
-from edgexception.quantize.half import FloatTypes, type_graph
+from edgexception.quantize.half import FloatTypes, type_graph, with_half_scales
 from edgexception.quantize.plan import ActivationQuant, QuantPlan, WeightQuant
 
 _Float32 = npt.NDArray[np.float32]
@@ -84,8 +84,9 @@ def simulate(
     Raises UsageError when the dialect cannot say the plan.
     """
     result = copy.deepcopy(graph)
+    types = types or type_graph(result, plan, "fp32")
+    plan = with_half_scales(plan, result, types)
     grids = written_grids(result, plan, dialect)
-    types = types or type_graph(result, plan, "fp32").types
     reads = rounded_reads(result, plan, grids, dialect)
     outputs = {layer: tensor for tensor, layer in layer_outputs(result, plan.precision).items()}
     rounding = {name: _rounding(grid, dialect) for name, grid in grids.items()}

@@ -38,7 +38,9 @@ from edgexception.report.record import (
     Sensitivity,
     Share,
     StageLine,
+    Types,
 )
+from edgexception.targets import Form, Precision, form_of
 
 SQNR_FLOOR_DB = -200.0
 """What stands for minus infinity: the float network's logits are all zero, and others are not."""
@@ -51,7 +53,7 @@ class Place:
     target: str
     runtime: str
     dialect: str
-    precision: str
+    precision: Precision
     batch: int
     threads: int
 
@@ -66,9 +68,9 @@ class Place:
         return f"{self.target}-fastest-{self.precision}-b{self.batch}"
 
     @property
-    def form(self) -> str:
-        """The ONNX form that it is built from: "fp32", or "int8-" and the dialect."""
-        return "fp32" if self.precision == "fp32" else f"int8-{self.dialect}"
+    def form(self) -> Form:
+        """The ONNX form that it is built from."""
+        return form_of(self.precision, self.dialect)
 
 
 @dataclass
@@ -92,12 +94,12 @@ class Findings:
     evaluation: ImageSet | None
     calibration: ImageSet | None
     plan: Path | None
-    parity: Mapping[tuple[str, str | None], Artifact]
+    parity: Mapping[tuple[Form, str | None], Artifact]
     """By ONNX form, and runtime or None where nothing here reads the form."""
     parity_from: str
-    parity_faults: Mapping[tuple[str, str | None], str]
+    parity_faults: Mapping[tuple[Form, str | None], str]
     places: tuple[Place, ...]
-    exports: Mapping[str, Artifact]
+    exports: Mapping[Form, Artifact]
     engines: Mapping[Place, Artifact]
     measured: Mapping[Place, Measured]
     faults: Mapping[Place, str]
@@ -120,6 +122,7 @@ def report_of(found: Findings) -> Report:
         evaluation_photos=None if found.labelled is None else len(found.labelled),
         evaluation_images=None if found.evaluation is None else len(found.evaluation),
         bad_images=tuple(_bad_images(found)),
+        types=tuple(_types(found)),
         parity=tuple(_parity(found)),
         rows=rows,
         gates=judge(found.recipe.gates, rows) if found.judged else (),
@@ -179,6 +182,13 @@ def _calibration(found: Findings) -> Calibration | None:
     )
 
 
+def _types(found: Findings) -> Iterator[Types]:
+    for form, artifact in found.exports.items():
+        if form.half:
+            types = json.loads(artifact.file("types.json").read_bytes())
+            yield Types(form=form.name, fp16=len(types["fp16"]), fp32=types["fp32"])
+
+
 def _bad_images(found: Findings) -> Iterator[BadImageLine]:
     for name, images in (("calibration", found.calibration), ("evaluation", found.labelled)):
         for bad in images.bad if images else ():
@@ -188,14 +198,14 @@ def _bad_images(found: Findings) -> Iterator[BadImageLine]:
 def _parity(found: Findings) -> Iterator[Parity]:
     for (form, _), artifact in found.parity.items():
         rows = json.loads(artifact.file("parity.json").read_bytes())
-        yield Parity(form=form, images_from=found.parity_from, **rows)
+        yield Parity(form=form.name, images_from=found.parity_from, **rows)
     for (form, runtime), reason in found.parity_faults.items():
-        yield Parity(form=form, runtime=runtime, failed=reason)
+        yield Parity(form=form.name, runtime=runtime, failed=reason)
     compared = {form for form, _ in (*found.parity, *found.parity_faults)}
     for form in found.exports:
         if form not in compared:
             reason = "no photos were given to compare on"
-            yield Parity(form=form, skipped=reason)
+            yield Parity(form=form.name, skipped=reason)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from edgexception.recipe import Gates
 from edgexception.report.record import GateResult, Row, row_name
+from edgexception.targets import is_int8
 
 
 def judge(gates: Gates, rows: Sequence[Row]) -> tuple[GateResult, ...]:
     """Judge every INT8 row by every gate that is set; a value that is missing fails its gate."""
     return tuple(
-        result for row in rows if row.precision == "int8" for result in _row(gates, row, rows)
+        result for row in rows if is_int8(row.precision) for result in _row(gates, row, rows)
     )
 
 

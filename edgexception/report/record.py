@@ -111,7 +111,7 @@ class Parity(Record):
     """One exported graph, compared by number."""
 
     form: str
-    """"fp32", or "int8-" and the dialect."""
+    """"fp32", or a precision and the dialect: "int8-openvino"."""
     runtime: str | None = None
     images: int | None = None
     images_from: str | None = None
@@ -129,6 +129,16 @@ class Parity(Record):
         """Whether the runtime computes something else than torch: an SQNR below 40 dB."""
         found = self.executed_vs_torch
         return found is not None and found.sqnr_db is not None and found.sqnr_db < 40.0
+
+
+class Types(Record):
+    """The float types of one exported graph in float16."""
+
+    form: str
+    fp16: int
+    """How many nodes are float16."""
+    fp32: dict[str, str]
+    """Nodes that stay float32, and why."""
 
 
 class GateResult(Record):
@@ -253,6 +263,8 @@ class Report(Record):
     gates: tuple[GateResult, ...]
     stages: tuple[StageLine, ...]
     sensitivity: Sensitivity | None = None
+    types: tuple[Types, ...] = ()
+    """Of the graphs whose float parts are float16."""
 
     @property
     def failed_gates(self) -> tuple[GateResult, ...]:
