@@ -202,7 +202,7 @@ def test_every_flag_reaches_the_recipe(tmp_path: Path) -> None:
             "ranges": "minmax",
             "weight_bits": 7,
         },
-        "export": {"dialects": ["tensorrt"]},
+        "export": {"dialects": ["tensorrt"], "precisions": ["int8"]},
         "targets": [
             {"target": "cpu-x86", "runtimes": ["openvino"], "precisions": ["int8"], "threads": 2}
         ],

@@ -189,6 +189,9 @@ targets: [{target: cpu-x86, runtimes: [openvino], precisions: [fp32]}]
         == """\
 name: a
 model: {kind: checkpoint, path: b.keras}
+export:
+  dialects: []
+  precisions: [int8]
 targets:
 - target: cpu-x86
   runtimes: [openvino]
