@@ -143,7 +143,7 @@ class _Training(Spec):
     """Decay of a moving average of the weights, which the network ends with; 0 is none."""
     bfloat16: bool = False
     """Compute layers in bfloat16, weights in float32: 1.7 times as fast where the processor or GPU
-    has it, slower where it has not."""
+    has it; an x86 processor that has not is refused."""
     threads: Threads = 1
     """Of the processor. Every number of threads has its own last bits, so it must be said; the same
     number ends with the same bytes."""

@@ -15,7 +15,7 @@ from narrow import SMALL, random_images, random_network
 from torch import nn
 from training import image_set
 
-from edgexception.errors import BadArtifact
+from edgexception.errors import BadArtifact, NotPossibleHere
 from edgexception.train import loop
 from edgexception.train.classifier import decaying
 from edgexception.train.loop import Course, fit
@@ -174,7 +174,20 @@ def test_threads_are_those_of_the_course() -> None:
     assert seen == {2}
 
 
-def test_bfloat16_is_rounder_and_ends_as_float32() -> None:
+def processor(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
+    """Let torch say that this processor has, or has not, instructions for bfloat16."""
+    found = {"architecture": "x86_64", "avx512_bf16": bfloat16, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+
+def test_bfloat16_is_refused_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, bfloat16=False)
+    with pytest.raises(NotPossibleHere, match="bfloat16: this processor has no"):
+        fitted(replace(COURSE, bfloat16=True))
+
+
+def test_bfloat16_is_rounder_and_ends_as_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, bfloat16=True)
     exact, rounded = fitted(), fitted(replace(COURSE, bfloat16=True))
     assert {v.dtype for n, v in rounded.items() if "tracked" not in n} == {torch.float32}
     assert not same(exact, rounded)
