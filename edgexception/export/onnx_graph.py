@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from edgexception import __version__
 from edgexception.errors import EdgexError
+from edgexception.export.lint import faults
 from edgexception.export.widen import widened
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
@@ -83,6 +84,10 @@ def to_onnx(
     )
     helper.set_model_props(model, _metadata(preprocess, classes, plan, dialect))
     onnx.checker.check_model(model, full_check=True)
+    if types.half or (dialect is not None and has_half(dialect)):
+        found = faults(model)
+        if found:
+            raise EdgexError(f"the exported graph is not one for TensorRT: {'; '.join(found)}")
     return model
 
 
