@@ -57,7 +57,7 @@ _QUANTIZE: dict[str, Any] = _MODEL | {
     "crops": _option(int | None, "Random crops of each photo. Default: 1, the whole photo."),
     "evaluation": _option(Path | None, "Other photos: to compare on; labelled for accuracy."),
     "activations": _option(str | None, "asymmetric (default) or symmetric (TensorRT)."),
-    "ranges": _option(str | None, "auto (default), minmax, percentile or mse."),
+    "ranges": _option(str | None, "auto (default), minmax, percentile, mse or entropy."),
     "weight_bits": _option(str | None, "auto (default), 7 or 8."),
 }
 _EXPORT: dict[str, Any] = _QUANTIZE | {

@@ -218,9 +218,9 @@ class PtqSpec(Spec):
     method: Literal["ptq"]
     activations: Activations = "asymmetric"
     """asymmetric: uint8 with a zero point. symmetric: int8, zero point 0, as TensorRT needs."""
-    ranges: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    ranges: Literal["auto", "minmax", "percentile", "mse", "entropy"] = "auto"
     """auto: chosen per tensor by its measured effect on the logits. The others: one method for
-    all tensors, as NNCF computes it."""
+    all tensors, as NNCF computes it; entropy as TensorRT's calibrator did."""
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
     """The upper percentile of `ranges: percentile`; the lower one mirrors it."""
     weight_bits: Literal["auto", 7, 8] = "auto"

@@ -180,10 +180,14 @@ def _ranges(
     if spec.ranges == "auto":
         return {INPUT: PHOTO_RANGE} | choice.ranges
     symmetric = spec.activations == "symmetric"
-    histograms = observe(graph, output_edges(graph), batches)
-    found = calibrate(
-        graph, batches, symmetric=symmetric, ranges=spec.ranges, percentile=spec.percentile
-    )
+    edges, found = output_edges(graph), {}
+    if spec.ranges == "entropy":  # NNCF has no such method
+        edges += input_edges(graph)
+    else:
+        found = calibrate(
+            graph, batches, symmetric=symmetric, ranges=spec.ranges, percentile=spec.percentile
+        )
+    histograms = observe(graph, edges, batches)
     return found | {
         edge: histogram.range(spec.ranges, spec.percentile, symmetric)
         for edge, histogram in histograms.items()
