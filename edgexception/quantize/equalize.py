@@ -172,6 +172,7 @@ def _tried(
             size = (found.high - found.low) / 2
         loudness.append(size / size.max().clamp_min(1e-30))
     loud = torch.stack(loudness).amax(dim=0).clamp_min(1 / LARGEST_FACTOR)
+    mixing = list(_mixing(graph, group, tensors, channels))
     ways = {"centred" if centred else "as it is": torch.ones_like(loud)}
     suffix = ", centred" if centred else ""
     ways |= {f"strength {s:g}{suffix}": loud**-s for s in STRENGTHS}
@@ -180,8 +181,7 @@ def _tried(
     }
     for how, factors in ways.items():
         predicted = sum(_rounding(found, factors, shift) for found in tensors.values())
-        for reader in group.readers:
-            predicted += _weight_rounding(graph, reader, tensors, channels, factors, shift)
+        predicted += sum(_weight_rounding(reader, factors, shift) for reader in mixing)
         yield Move(group, how, factors, shift, predicted)
 
 
@@ -192,26 +192,43 @@ def _rounding(found: Channels, factors: torch.Tensor, shift: torch.Tensor | None
     return float(step**2 / 12 * (found.slope / factors**2).sum())
 
 
-def _weight_rounding(
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that sums over a group's channels, and pays for unequal ones with its precision."""
+
+    source: Channels
+    output: Channels
+    largest: torch.Tensor
+    """Largest |weight| over the taps, (out, in) in float64."""
+    taps: int
+
+
+def _mixing(
     graph: fx.GraphModule,
-    reader: str,
+    group: ChannelGroup,
     tensors: dict[str, Channels],
     channels: dict[str, Channels],
-    factors: torch.Tensor,
-    shift: torch.Tensor | None,
-) -> float:
-    layer = layers(graph)[reader]
-    if is_depthwise(layer):
-        return 0.0  # its scales per channel take the factors along
-    source = next(e for e, readers in input_edges(graph).items() if reader in readers)
-    found = tensors[source]
+) -> Iterator[_Reader]:
+    """Yield a group's readers; depthwise ones have scales per channel, which take factors along."""
+    weighted = layers(graph)
+    sources = {name: edge for edge, readers in input_edges(graph).items() for name in readers}
+    for name in group.readers:
+        if not is_depthwise(weighted[name]):
+            weight = (
+                weighted[name].weight.detach().flatten(1).view(*weighted[name].weight.shape[:2], -1)
+            )
+            yield _Reader(
+                tensors[sources[name]],
+                channels[name],
+                weight.abs().amax(dim=2).double(),
+                weight.shape[2],
+            )
+
+
+def _weight_rounding(reader: _Reader, factors: torch.Tensor, shift: torch.Tensor | None) -> float:
+    found = reader.source
     # Around its shift a channel's power is the smaller: E (x - m)^2 = E x^2 - 2 m E x + m^2.
     power = found.power if shift is None else found.power - 2 * shift * found.mean + shift**2
-    weight = (
-        layer.weight.detach().double().flatten(2)
-        if layer.weight.ndim > 2
-        else (layer.weight.detach().double().unsqueeze(2))
-    )
-    steps = (weight.abs().amax(dim=2) / factors).amax(dim=1) / 127
-    taps = weight.shape[2]
-    return float((steps**2 / 12 * channels[reader].slope).sum() * taps * (factors**2 * power).sum())
+    steps = (reader.largest / factors).amax(dim=1) / 127
+    noise = (steps**2 / 12 * reader.output.slope).sum()
+    return float(noise * reader.taps * (factors**2 * power).sum())

@@ -137,11 +137,12 @@ def _choice(
         for number, half in enumerate(halves, start=1)
     ]
     moves = propose(graph, Profile.merged(profiles)) if spec.equalization else []
+    trials = [propose(graph, profile) if spec.equalization else [] for profile in profiles]
     folds = [
         _Batches(half, progress, f"choice, half {number}")
         for number, half in enumerate(halves, start=1)
     ]
-    return choose(graph, moves, profiles, folds, spec.activations == "symmetric")
+    return choose(graph, moves, trials, profiles, folds, spec.activations == "symmetric")
 
 
 def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:

@@ -97,7 +97,8 @@ def main() -> None:
     calibration = open_calibration(spec, trained.preprocess, evaluation=labelled)
     base = recipe.quantize.ptq if isinstance(recipe.quantize, QatSpec) else recipe.quantize
     floats = logits_of(graph, evaluation)
-    print(f"{recipe.name}, {len(evaluation)} evaluation images, {torch.get_num_threads()} threads\n")
+    threads = torch.get_num_threads()
+    print(f"{recipe.name}, {len(evaluation)} evaluation images, {threads} threads\n")
     print("| ranges | calibration images | SQNR | changed | seconds |\n|---|--:|--:|--:|--:|")
     for method in arguments.ranges.split(","):
         asked = base.model_copy(update={"ranges": method, "activations": "symmetric"})

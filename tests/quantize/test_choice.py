@@ -25,7 +25,8 @@ def _one_thread() -> None:
 
 
 def chosen(graph: fx.GraphModule, *moves: Move, symmetric: bool = False) -> Choice:
-    return choose(graph, moves, [Profile.of(graph, fold) for fold in FOLDS], FOLDS, symmetric)
+    profiles = [Profile.of(graph, fold) for fold in FOLDS]
+    return choose(graph, moves, [moves, moves], profiles, FOLDS, symmetric)
 
 
 def one_channel(graph: fx.GraphModule, factor: float) -> Move:
@@ -69,6 +70,20 @@ def test_a_move_is_kept_only_where_it_helps(symmetric: bool) -> None:
     assert kept.noise[TENSOR] == pytest.approx(plain.noise[TENSOR], rel=0.05)
 
 
+def test_a_move_stands_for_what_each_half_proposes_alone() -> None:
+    """A move that all photos propose is dropped if those of one half alone would not help."""
+    outlier = apply_moves(small_graph(), [one_channel(small_graph(), 64.0)])
+    good, bad = one_channel(outlier, 1 / 64), one_channel(outlier, 64.0)
+    profiles = [Profile.of(outlier, fold) for fold in FOLDS]
+    for trials, kept in (
+        ([[good], [good]], [good]),
+        ([[good], []], [good]),
+        ([[], []], []),
+        ([[good], [bad]], []),
+    ):
+        assert choose(outlier, [good], trials, profiles, FOLDS, False).moves == kept
+
+
 def test_a_move_that_ruins_its_readers_weights_is_dropped() -> None:
     """The tensor gains, but a reader's rows then have one large column each."""
     graph = small_graph()
@@ -98,8 +113,8 @@ def test_the_other_half_judges() -> None:
     faint = (PIXELS[:8].astype(np.float32) * 0.1 + 110).astype(np.uint8)
     folds = [[to_graph_input(torch.from_numpy(half))] for half in (faint, PIXELS[8:])]
     profiles = [Profile.of(graph, fold) for fold in folds]
-    crossed = choose(graph, [], profiles, folds, False)
-    own = choose(graph, [], profiles[::-1], folds, False)
+    crossed = choose(graph, [], [[], []], profiles, folds, False)
+    own = choose(graph, [], [[], []], profiles[::-1], folds, False)
     assert crossed.noise[TENSOR] > 3 * own.noise[TENSOR]
     assert crossed.shares[TENSOR] == max(SHARES)  # not wide enough yet for the other half
     assert crossed.ranges[TENSOR] == pytest.approx(

@@ -78,8 +78,9 @@ def test_moving_the_outlier_wins_decibels(
     proposed: tuple[fx.GraphModule, list[Profile], list[Move]],
 ) -> None:
     graph, profiles, moves = proposed
-    plain = choose(graph, [], profiles, FOLDS, False)
-    choice = choose(graph, moves, profiles, FOLDS, False)
+    plain = choose(graph, [], [[], []], profiles, FOLDS, False)
+    trials = [propose(graph, profile) for profile in profiles]
+    choice = choose(graph, moves, trials, profiles, FOLDS, False)
     assert OUTLIER in {move.group.tensors[0] for move in choice.moves}
     gain = 10 * np.log10(plain.noise[OUTLIER] / choice.noise[OUTLIER])
     assert gain > 6
@@ -132,7 +133,7 @@ def test_channels_off_their_middle_are_centred() -> None:
     away = shift.abs() > 10
     assert torch.equal(move.shift[away].sign(), -shift[away].sign())
     assert (move.shift.abs() > 0.4 * shift.abs())[away].all()
-    plain, centred = (choose(graph, m, profiles, FOLDS, False) for m in ([], [move]))
+    plain, centred = (choose(graph, m, [m, m], profiles, FOLDS, False) for m in ([], [move]))
     assert centred.moves == [move]
     assert 10 * np.log10(plain.noise[OUTLIER] / centred.noise[OUTLIER]) > 3
 
