@@ -102,8 +102,7 @@ class Histogram:
         counts[BINS] -= self.zeros
         below, above = counts[:BINS][::-1], counts[BINS:]
         if symmetric:
-            end = min(_ends(below + above), key=lambda n: _divergence(below + above, 0, n, 128))
-            low = high = end * self.width
+            low = high = _least_end(below + above, 128) * self.width
         else:
             first, last = _ends(below)[0], _ends(above)[0]
             last = min(_ends(above), key=lambda n: _divergence(counts, BINS - first, BINS + n, 256))
@@ -116,6 +115,11 @@ def _ends(counts: np.ndarray) -> list[int]:
     """Return how many bins away from zero a range may end, the widest first."""
     filled = np.flatnonzero(counts)
     return [round(share * (filled[-1] + 1)) for share in _ENDS] if len(filled) else [0]
+
+
+def _least_end(counts: np.ndarray, levels: int) -> int:
+    """Return how many bins of one side a range of least divergence has."""
+    return min(_ends(counts), key=lambda end: _divergence(counts, 0, end, levels))
 
 
 def _divergence(counts: np.ndarray, first: int, last: int, levels: int) -> float:

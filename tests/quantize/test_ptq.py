@@ -100,7 +100,7 @@ def test_calibration_leaves_the_graph_and_stdout_alone(capsys: pytest.CaptureFix
 # --- the plan
 
 
-@pytest.mark.parametrize("ranges", ["auto", "minmax", "percentile", "mse"])
+@pytest.mark.parametrize("ranges", ["auto", "minmax", "percentile", "mse", "entropy"])
 @pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
 def test_a_quantized_network_is_near_the_float_one(ranges: str, activations: str) -> None:
     result = ptq(ranges=ranges, activations=activations)

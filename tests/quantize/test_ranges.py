@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,14 @@ from narrow import random_images, small_graph
 
 from edgexception.errors import BadArtifact
 from edgexception.model.graph import layers, to_graph_input
-from edgexception.quantize.ranges import BINS, Histogram, grid_of_range, observe
+from edgexception.quantize.ranges import (
+    BINS,
+    Histogram,
+    _divergence,
+    _least_end,
+    grid_of_range,
+    observe,
+)
 
 values = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60)
 
@@ -48,7 +56,7 @@ def test_every_range_contains_zero_and_stays_within_the_extremes(
 ) -> None:
     seen = histogram(*(torch.tensor(b) for b in batches))
     least, most = seen.range("minmax", 100.0, symmetric)
-    for method in ("percentile", "mse"):
+    for method in ("percentile", "mse", "entropy"):
         low, high = seen.range(method, 99.0, symmetric)
         assert least <= low <= 0.0 <= high <= most, method
 
@@ -93,6 +101,109 @@ def test_mse_keeps_the_whole_range_where_clipping_only_costs() -> None:
     assert min(-low, high) > 0.98
 
 
+# --- entropy
+
+
+def divergence_as_published(bins: list[int], end: int, levels: int) -> float:
+    """Migacz's pseudocode for one threshold, with what his slides leave open: which bins a level
+    has (as many for each: `end` is a multiple of `levels`), and how empty ones are counted."""
+    reference = [float(count) for count in bins[:end]]
+    reference[-1] += sum(bins[end:])
+    candidate = [0.0] * end
+    each = end // levels
+    for first in range(0, end, each):
+        held = [i for i in range(first, first + each) if reference[i] > 0]
+        for i in held:
+            candidate[i] = max(sum(bins[first : first + each]) / len(held), 1e-4)
+    p = [count / sum(reference) for count in reference]
+    q = [count / sum(candidate) for count in candidate]
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 50), min_size=48, max_size=96),
+    st.integers(1, 6),
+    st.sampled_from((4, 8)),
+)
+def test_divergence_is_the_published_one(bins: list[int], times: int, levels: int) -> None:
+    end = times * levels
+    found = _divergence(np.array(bins), 0, end, levels)
+    if not any(bins[:end]):
+        assert found == np.inf
+    else:
+        assert found == pytest.approx(divergence_as_published(bins, end, levels), abs=1e-9)
+
+
+def smooth(name: str) -> np.ndarray:
+    """Return 400,000 magnitudes at equal steps of a distribution's quantiles: it has no chance."""
+    share = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    if name == "normal":
+        return torch.special.ndtri((1 + share) / 2).numpy()
+    tail = -torch.log1p(-share)  # the one of Laplace
+    return (tail if name == "laplace" else tail + torch.log1p(share)).numpy()
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "logistic"])
+def test_onnxruntime_finds_the_same_threshold(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within 15%: the least is flat there, and ONNX Runtime hands bins that do not fill a level to
+    the last one, which moves its own by as much. It counts both signs, so it has twice the levels.
+    """
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    data = smooth(name)
+    collector = calibrate.HistogramCollector("entropy", True, 2048, 64, 99.9, "same")
+    collector.collect({"tensor": np.concatenate((data, -data)).astype(np.float32)})
+    counted = collector.get_histogram_dict()["tensor"]
+    low, high = collector.get_entropy_threshold(counted, 64)
+    capsys.readouterr()  # it prints
+    counts, ends = np.histogram(data, 1024, (0.0, data.max()))
+    found = ends[_least_end(counts, 32)]
+    assert high == pytest.approx(-low, rel=0.01)
+    assert 0.85 * high < found < 1.15 * high
+    assert found < 0.9 * data.max()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_least_divergence_clips_outliers_and_nothing_else(symmetric: bool) -> None:
+    data = torch.from_numpy(smooth("normal")).float()
+    data = torch.cat((data, -data))
+    data[7], data[-7] = 60.0, -40.0
+    low, high = histogram(data).range("entropy", 99.9, symmetric)
+    assert 4.0 < high < 6.0
+    assert -6.0 < low < -4.0
+    full = torch.linspace(-2.0, 3.0, 500_001)
+    assert histogram(full).range("entropy", 99.9, symmetric) == (-2.0, 3.0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_zeros_of_a_relu_say_nothing(symmetric: bool) -> None:
+    """Every grid has zero: half of the values being zero must not ask for a range around it."""
+    data = torch.from_numpy(smooth("laplace")).float()
+    alone = histogram(data).range("entropy", 99.9, symmetric)
+    with_zeros = histogram(data, torch.zeros(4_000_000)).range("entropy", 99.9, symmetric)
+    assert with_zeros == alone
+    assert alone[0] == 0.0
+    assert 0.6 * float(data.max()) < alone[1] < 0.95 * float(data.max())
+
+
+def test_an_asymmetric_grid_has_its_levels_where_the_values_are() -> None:
+    """256 levels for one side round finer than 128, so they clip less of a long tail."""
+    seen = histogram(torch.from_numpy(smooth("laplace")).float())
+    wide, narrow = (seen.range("entropy", 99.9, symmetric)[1] for symmetric in (False, True))
+    assert wide > narrow
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("value", [3.0, -0.25])
+def test_a_constant_tensor_is_not_clipped(value: float, symmetric: bool) -> None:
+    expected = (min(value, 0.0), max(value, 0.0))
+    assert histogram(torch.full((50,), value)).range("entropy", 99.9, symmetric) == expected
+    few = torch.tensor([0.0, value, value, value * 0.999])
+    assert histogram(few).range("entropy", 99.9, symmetric) == expected
+
+
 @pytest.mark.parametrize(
     ("low", "high", "symmetric", "scale", "zero"),
     [
@@ -125,7 +236,8 @@ def test_a_grid_reaches_both_ends_and_has_zero(low: float, high: float, symmetri
 
 
 def test_a_constant_tensor_has_a_range() -> None:
-    assert histogram(torch.zeros(5)).range("mse", 99.9, symmetric=False) == (0.0, 0.0)
+    for method in ("mse", "entropy"):
+        assert histogram(torch.zeros(5)).range(method, 99.9, symmetric=False) == (0.0, 0.0)
     low, high = histogram(torch.full((5,), 3.0)).range("mse", 99.9, symmetric=False)
     assert (low, high) == (0.0, pytest.approx(3.0, rel=0.02))
 
