@@ -63,25 +63,6 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Dialect(Row):
-    """How one family of runtimes wants a quantized network written."""
-
-    description: str
-    activations: Annotated[tuple[Activations, ...], Field(min_length=1)]
-    """The kinds of activation ranges that it can express."""
-    float_layers: Annotated[tuple[Literal["fp32", "fp16"], ...], Field(min_length=1)]
-    """What layers that are not INT8 may be."""
-    saturates_without_vnni: bool = False
-    """On x86 without VNNI its runtime adds products of 8-bit weights in 16 saturating bits."""
-
-
-class TargetRuntime(Row):
-    """One runtime of a target."""
-
-    dialect: str
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
-
-
 class Fact(Row):
     """One property of a device, and where it is known from."""
 
@@ -96,6 +77,27 @@ class Fact(Row):
         if (self.value is None) != (self.source == "probe"):
             raise ValueError("a fact without value has the source `probe`, and no other fact has")
         return self
+
+
+class Dialect(Row):
+    """How one family of runtimes wants a quantized network written."""
+
+    description: str
+    activations: Annotated[tuple[Activations, ...], Field(min_length=1)]
+    """The kinds of activation ranges that it can express."""
+    float_layers: Annotated[tuple[Literal["fp32", "fp16"], ...], Field(min_length=1)]
+    """What layers that are not INT8 may be."""
+    saturates_without_vnni: bool = False
+    """On x86 without VNNI its runtime adds products of 8-bit weights in 16 saturating bits."""
+    opset_max: dict[str, Fact] = {}
+    """The highest ONNX opset that a version of its runtimes parses, where it matters."""
+
+
+class TargetRuntime(Row):
+    """One runtime of a target."""
+
+    dialect: str
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
 
 
 class Target(Row):

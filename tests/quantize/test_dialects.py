@@ -6,6 +6,7 @@ import pytest
 from narrow import minmax_plan, random_images, small_graph
 
 from edgexception.errors import UsageError
+from edgexception.export.onnx_graph import FLOAT_OPSET
 from edgexception.quantize.dialects import DIALECTS, check_plan, rounded_reads, written_grids
 from edgexception.quantize.precision import with_precision
 from edgexception.targets import load_dialects
@@ -18,6 +19,16 @@ ASYMMETRIC = minmax_plan(GRAPH, IMAGES)
 
 def test_the_dialects_are_those_of_the_target_table() -> None:
     assert set(DIALECTS) == set(load_dialects())
+
+
+def test_every_version_of_tensorrt_parses_the_opset_that_is_written() -> None:
+    """ONNX has float16 scales from opset 19 on."""
+    versions = load_dialects()["tensorrt"].opset_max
+    assert {"10.3", "10.13", "10.16", "11", "rtx-1.7"} <= set(versions)
+    for name, fact in versions.items():
+        assert isinstance(fact.value, int), name
+        assert 19 == DIALECTS["tensorrt"].opset <= fact.value, name
+        assert fact.value >= FLOAT_OPSET, name
 
 
 def test_an_asymmetric_plan_is_refused_where_it_cannot_be_said() -> None:
