@@ -10,7 +10,7 @@ from recipe_texts import GOOD, edited, faults, write
 from edgexception import recipe_checks, targets
 from edgexception.errors import UsageError
 from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, QatSpec, Recipe
-from edgexception.recipe_checks import check_recipe
+from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.recipe_file import load_recipe
 
 
@@ -62,6 +62,17 @@ from edgexception.recipe_file import load_recipe
          "export.dialects[1]", "listed twice"),
         ("quantize: {method: ptq, ranges: percentile, percentile: 99.9}\n",
          "export: {dialects: [openvino]}\n", 11, "export.dialects", "nothing is quantized"),
+        ("bench:", "export: {dialects: [openvino], precisions: [fp16]}\nbench:", 15,
+         "export.precisions", "which openvino does not have"),
+        ("bench:", "export: {precisions: [int8-fp16]}\nbench:", 15,
+         "export.precisions", "`export.dialects` is empty"),
+        ("bench:", "export: {dialects: [openvino], precisions: [int8, int8]}\nbench:", 15,
+         "export.precisions[1]", "listed twice"),
+        ("bench:", "export: {dialects: [tensorrt], precisions: [int8-fp16]}\nbench:", 15,
+         "export.dialects[0]", "`quantize.activations: symmetric`"),
+        ("    runtimes: [onnxruntime, openvino]",
+         "    runtimes: [openvino]\n    precisions: [fp32, int8, fp16]", 15,
+         "targets[0].precisions", "does not build fp16"),
         ("{method: ptq, ranges: percentile, percentile: 99.9}", "{method: qat, distillation: 0.5}",
          11, "quantize.distillation", "add a labelled `source:`"),
         ("{method: ptq, ranges: percentile, percentile: 99.9}",
@@ -79,6 +90,21 @@ def test_sections_must_fit_together(
 ) -> None:
     lines = faults(tmp_path, edited(old, new))
     assert any(row.startswith(f"{line}: {name}: ") and word in row for row in lines), lines
+
+
+def test_float16_needs_calibration_images_but_no_quantization(tmp_path: Path) -> None:
+    sections = "export: {dialects: [tensorrt], precisions: [fp16]}\n"
+    text = "name: a\nmodel: {kind: checkpoint, path: a.keras}\n"
+    (line,) = faults(tmp_path, text + sections)
+    assert line.startswith("3: export.precisions: asks for float16, which needs images")
+    assert "add a `calibration:` section" in line
+    calibration = "calibration: {source: {kind: photos, path: photos}}\n"
+    recipe = load_recipe(write(tmp_path, text + calibration + sections))
+    assert recipe.quantize is None
+    assert dialects_of(recipe) == ()
+    int8 = sections.replace("[fp16]", "[fp16, int8-fp16]")
+    (line,) = faults(tmp_path, text + calibration + int8)
+    assert "nothing is quantized" in line
 
 
 def test_photos_alone_are_enough_for_distillation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,41 @@ def test_runtimes_that_are_not_named_are_all_of_the_target(runtime: tuple[str, .
     (spec,) = recipe_of(Path("net.keras"), flags, "bench").targets
     assert spec.runtimes == ("auto",)
     assert spec.runtime_names == tuple(find_target("cpu-x86").runtimes)
+
+
+def test_precisions_are_those_of_the_exported_dialects() -> None:
+    flags = Flags(
+        calibration=Path("photos"),
+        activations="symmetric",
+        dialect=("tensorrt",),
+        precision=("fp16", "int8-fp16"),
+    )
+    recipe = recipe_of(Path("net.keras"), flags, "export")
+    assert recipe.export.precisions == ("fp16", "int8-fp16")
+    assert recipe.quantize is not None
+    plain = recipe_of(Path("net.keras"), replace(flags, precision=()), "export")
+    assert plain.export.precisions == ("int8",)
+
+
+def test_float16_alone_quantizes_nothing() -> None:
+    flags = Flags(calibration=Path("photos"), dialect=("tensorrt",), precision=("fp16",))
+    recipe = recipe_of(Path("net.keras"), flags, "export")
+    assert recipe.quantize is None
+    assert recipe.calibration is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"precision": ("fp16",)}, "--precision has no effect without --target, or --dialect"),
+        (
+            {"dialect": ("tensorrt",), "precision": ("fp16",), "ranges": "mse"},
+            "--ranges has no effect with --precision fp16 alone",
+        ),
+        ({"dialect": ("openvino",), "precision": ("fp16",)}, "which openvino does not have"),
+        ({"dialect": ("tensorrt",), "precision": ("fp8",)}, "export.precisions.0: "),
+    ],
+)
+def test_precisions_that_cannot_be_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe_of(Path("net.keras"), Flags(calibration=Path("photos"), **flags), "export")

@@ -38,6 +38,9 @@ def to_text(report: Report) -> str:
             f"ranges of {c.images} images"
         )
         lines += _exception_lines(c.exceptions)
+    for types in report.types:
+        kept = [f"{node} stays float32: {reason}" for node, reason in types.fp32.items()]
+        lines += [f"{types.form}: {line}" for line in (f"{types.fp16} nodes in float16", *kept)]
     lines += sensitivity_lines(report.sensitivity) if report.sensitivity else []
     for row in report.rows:
         latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
