@@ -1,22 +1,24 @@
 """What TensorRT does not take, found in a typed graph before its builder sees it, by layer.
 
-TensorRT's own messages name a node number, or come after minutes of building; some graphs it takes
-and runs otherwise than they say. Each rule has its source: the parser of TensorRT-RTX 1.7.1 and the
-builder for SM75 as run here, or the operator table of onnx-tensorrt (10.x).
+TensorRT's own messages name few layers, or come after minutes of building; and some wrong graphs it
+builds without a word. What TensorRT-RTX 1.7.1 does with each, as run here (the wrong graphs are
+those of `tests/export/test_lint.py`):
 
-| rule | without it |
+| rule | TensorRT-RTX without it |
 |---|---|
-| no int32 DequantizeLinear | "only INT8, FP8, INT4" (table); a bias is float |
-| INT8 zero points are 0 | refused by the parser without the layer's name |
-| no uint8 levels | 10.x refuses them; RTX 1.7 takes them and lists their kernels as Int8 |
-| weights are int8 constants | float weights behind a Q stay float in RTX's engine: 57 MB, not 43 |
-| activations have one scale, weights one per output channel or one | no INT8 kernels |
-| scales are positive and finite | 0 after rounding to float16 |
-| every number is in the file | an engine is built from one file |
-| operands have one type | "must have same input types"; strongly typed networks have no casts |
-| uint8 pixels are read by a Cast | "first input has type UInt8 but must have type Float ..." |
-| no float32 Gemm or MatMul on SM75 | "FP32 GEMM is not supported" after everything else was built |
+| no int32 DequantizeLinear: biases are float | parser: "Invalid Node" |
+| zero points are 0 | parser: "Non-zero zero point is not supported" |
+| levels are int8, not uint8 (no zero point is uint8) | builds; its kernels are listed as Int8 |
+| weights are int8 constants, without a QuantizeLinear | builds, and keeps them in float, too |
+| activations have one scale, weights one or one per output channel | builds with any axis |
+| as many zero points as scales | parser: "must have the same volume" |
+| scales are positive and finite constants | builds with an infinite one |
+| operands have one type: a typed network has no casts of its own | parser: "Invalid Node" |
+| uint8 pixels are read by a Cast | parser: "Invalid Node" |
+| no float32 Gemm or MatMul on SM75 | builder: "FP32 GEMM is not supported", at the end |
+| every number is in the file | reads other files |
 
+TensorRT 10 has the same operators but no uint8 levels (onnx-tensorrt, operators.md).
 Weights with one scale are legal, and no rule refuses them.
 """
 
@@ -125,10 +127,12 @@ class _Linter:
         if zero is not None and np.any(zero):
             worst = zero.ravel()[np.argmax(np.abs(zero.astype(np.int64)))]
             yield f"has the zero point {worst}; quantize with `activations: symmetric`"
-        yield from self._scale(node, is_weight=is_weight)
-
-    def _scale(self, node: onnx.NodeProto, *, is_weight: bool) -> Iterator[str]:
         scale = self._value(node, 1)
+        if zero is not None and scale is not None and zero.size != scale.size:
+            yield f"has {scale.size} scales and {zero.size} zero points; give each scale one"
+        yield from self._scale(scale, is_weight=is_weight)
+
+    def _scale(self, scale: np.ndarray | None, *, is_weight: bool) -> Iterator[str]:
         if scale is None:
             yield "has a scale that is no constant; TensorRT has no dynamic INT8"
             return

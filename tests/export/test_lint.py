@@ -143,6 +143,10 @@ def scales_per_channel(model: onnx.ModelProto) -> None:
     constant(model, "block2_sepconv2_act_scale", lambda s: np.full(8, s))
 
 
+def one_zero_point(model: onnx.ModelProto) -> None:
+    constant(model, f"{LAYER}_weight_zero_point", lambda _: np.int8(0))
+
+
 def scales_along_inputs(model: onnx.ModelProto) -> None:
     (axis,) = node(model, f"{LAYER}_weight").attribute
     axis.i = 1
@@ -189,6 +193,7 @@ WRONG = {
     scales_per_channel: ("layer block2_sepconv2_act_q (QuantizeLinear): has 8 scales", "one"),
     scales_along_inputs: (f"layer {LAYER} (Conv): has 8 weight scales along axis 1", "axis 0"),
     too_few_scales: (f"layer {LAYER} (Conv): has 3 weight scales along axis 0", "8 output"),
+    one_zero_point: (f"layer {LAYER}_weight (DequantizeLinear): has 8 scales and 1 zero", "one"),
     computed_scale: ("layer block2_sepconv2_act_q (QuantizeLinear): has a scale", "no constant"),
     mixed_add: ("layer block2_add (Add): has operands of types float16 and float32", "cast them"),
     float32_bias: (f"layer {LAYER} (Conv): has operands of types float16 and float32", "cast"),
