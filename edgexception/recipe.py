@@ -230,7 +230,7 @@ class PtqSpec(Spec):
     """Rescale channels where that is exact and measurably helps."""
     bias_correction: bool = True
     """Bring the mean of every layer's output back to the float network's."""
-    rounding: Literal["nearest", "learned"] = "nearest"
+    rounding: Literal["nearest", "learned"] = "learned"
     """learned: every weight takes the one of its neighbouring levels with which the layer best
     repeats its float outputs on calibration images, given the inputs that quantized layers make."""
     precision: PrecisionSpec | None = None

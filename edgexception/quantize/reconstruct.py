@@ -117,7 +117,7 @@ def _fit(
     ]
     rounded = copy.deepcopy(layer)
     if rounding:
-        on_grid = learned_weight(layer, weight, (y for _, y in pairs))
+        on_grid = learned_weight(layer, weight, [y for _, y in pairs])
     else:
         steps = torch.tensor(weight.scales).view(-1, *[1] * (layer.weight.ndim - 1))
         on_grid = quantize_weight(layer.weight.detach(), weight).float() * steps

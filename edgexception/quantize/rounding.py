@@ -6,7 +6,8 @@ before really produce, W the weights and Q those to find on their grid, a layer 
 |(W - Q) Y|^2. It is descended column by column: each is rounded, and its error goes to those not
 rounded yet, as far as they can make up for it (Frantar et al. 2023, "GPTQ", section 3; Hassibi and
 Stork 1993, "Optimal brain surgeon"). No gradient descent and no label: it takes a minute where
-AdaRound (Nagel et al. 2020) takes an hour, and repeats to the last bit.
+AdaRound (Nagel et al. 2020) takes an hour, and repeats to the last bit. Full-size network on
+Fashion-MNIST, 500 images: 34.2 to 34.7 dB with 8-bit weights, 29.9 to 33.2 dB with 7-bit ones.
 
 What was tried and left out: aiming at the outputs W X of the float network's inputs X, that is at
 W X Y' (Y Y')^-1, which attenuates noise of the inputs. On synthetic noise it works, on a full-size
@@ -16,7 +17,7 @@ images instead of 128, cost a decibel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -28,12 +29,15 @@ from edgexception.quantize.plan import WeightQuant
 DAMPING = 0.01
 """Added to the inputs' second moments, as a share of their mean: it keeps weights whose inputs
 calibration hardly saw where they were."""
+ENOUGH = 16384
+"""Positions per column that the second moments are taken from, as far as there are so many. Early
+depthwise layers have nine columns and millions of positions."""
 BLOCK = 128
 """Columns whose errors are handed on at once: larger matrix products, the same result."""
 
 
 def learned_weight(
-    layer: nn.Conv2d | nn.Linear, grid: WeightQuant, inputs: Iterable[torch.Tensor]
+    layer: nn.Conv2d | nn.Linear, grid: WeightQuant, inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return the weights of `layer` on `grid` that best repeat its outputs on `inputs`.
 
@@ -53,16 +57,22 @@ def learned_weight(
 
 
 def _second_moments(
-    layer: nn.Conv2d | nn.Linear, groups: int, inputs: Iterable[torch.Tensor]
+    layer: nn.Conv2d | nn.Linear, groups: int, inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return the mean of Y Y' over images and positions, (groups, K, K).
 
     It is the one around the mean of Y where the layer has a bias.
     """
+    positions = sum(len(batch) * batch[0, 0].numel() for batch in inputs)
+    step = max(positions // (ENOUGH * layer.weight[0].numel()), 1)
     second = sums = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for batch in inputs:
+    around, count = torch.zeros(()), 0
+    for batch in inputs[::step]:
         read = _patches(layer, batch, groups)
+        if layer.bias is not None and not count:
+            # Near the mean, so that nothing large is subtracted from something large at the end.
+            around = read.mean(dim=(0, 3), keepdim=True)
+        read = read - around
         second = second + (read @ read.mT).double().sum(dim=0)
         sums = sums + read.sum(dim=(0, 3)).double()
         count += len(read) * read.shape[3]

@@ -170,7 +170,7 @@ def test_it_repairs_a_coarse_plan_without_labels(symmetric: bool) -> None:
     float_answers = run_torch(start.graph, UNSEEN)
     before = sqnr_db(float_answers, answers(start))
     images = image_set(random_images(48, (40, 40), seed=5))
-    spec = spec_of(steps=80, learning_rate=0.1)
+    spec = spec_of(steps=200, learning_rate=0.05)
     learned = quantize_qat(start.graph, start, spec, images, TENSORRT)
     after = sqnr_db(float_answers, answers(learned))
     assert images.labels is None
