@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from processor import EXACT_BITS
 
 from edgexception.cli import app
 from edgexception.stage_code import sources
@@ -88,6 +89,7 @@ def digits_sections(**changes: Any) -> dict[str, Any]:
             "epochs": 1,
         },
         "calibration": {"images": 24},
+        "quantize": {"weight_bits": EXACT_BITS},
         "bench": {
             "batch_sizes": [1],
             "warmup_ms": 1,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command import edgex, write_recipe
 from PIL import Image
+from processor import EXACT_BITS
 from recipe_texts import edited, faults
 
 from edgexception.report.record import Report
@@ -31,7 +32,12 @@ def recipe_with(world: Path, path: Path, precision: Any, **changes: Any) -> Path
             "source": {"kind": "photos", "path": str(world / "photos")},
             "images": 12,
         },
-        "quantize": {"method": "ptq", "bias_correction": False, "precision": precision},
+        "quantize": {
+            "method": "ptq",
+            "weight_bits": EXACT_BITS,
+            "bias_correction": False,
+            "precision": precision,
+        },
         "export": {"dialects": ["onnxruntime", "openvino"]},
     }
     return write_recipe(path, {**sections, **changes})

@@ -20,6 +20,7 @@ from narrow import (
     sqnr_db,
 )
 from onnx import numpy_helper
+from processor import EXACT_BITS
 from torch import fx, nn
 
 from edgexception.architecture import Architecture
@@ -122,7 +123,7 @@ def test_runtimes_execute_widened_networks_as_simulated(dialect: str, kind: str)
     if dialect == "tensorrt" and kind == "asymmetric":
         pytest.skip("tensorrt has symmetric activations only")
     graph, images = small_graph(ODD), random_images(3, SIZE)
-    plan = minmax_plan(graph, images, symmetric=kind != "asymmetric")
+    plan = minmax_plan(graph, images, symmetric=kind != "asymmetric", bits=EXACT_BITS)
     if kind == "mixed":
         plan = with_precision(graph, plan, resolve(graph, {"fp32": ["block3_sepconv1"]}))
     model = to_onnx(graph, preprocess_of(SIZE), None, plan=plan, dialect=DIALECTS[dialect])
