@@ -59,6 +59,7 @@ def quantize(
     def write(folder: Path) -> None:
         from edgexception.model.graph import inference_graph
         from edgexception.quantize.ptq import quantize_ptq
+        from edgexception.train.state import Keeper
 
         trained = load_model(model)
         graph = inference_graph(trained.network, trained.preprocess)
@@ -66,7 +67,9 @@ def quantize(
         def report(what: str, done: int, total: int, left_s: float) -> None:
             shop.progress(Progress(what, done, total, left_s))
 
-        write_quantized(quantize_ptq(graph, spec, images, bits, report, dialects), folder)
+        keeper = Keeper(shop.unfinished)
+        result = quantize_ptq(graph, spec, images, bits, report, dialects, keeper)
+        write_quantized(result, folder)
         write_calibration_manifest(
             folder / "calibration.json",
             sorted({(s.photo.name, s.photo.sha256) for s in images.samples}),

@@ -36,7 +36,8 @@ def test_a_stage_is_done_again_for_what_it_runs_and_for_nothing_else() -> None:
     assert not rooms(train) & (outside | {"quantize", "export"})
     quantize = found(stages.quantize)
     assert {"quantize.ptq", "quantize.ranges", "model.graph", "calibration"} <= quantize
-    assert not rooms(quantize) & (outside | {"train", "export"})
+    assert not rooms(quantize) & (outside | {"export"})
+    assert {name for name in quantize if name.startswith("train.")} == {"train.state"}
     build = found(engine_stages.build)
     assert {"device.local", "agent.verbs", "agent.runtimes.ort"} <= build
     assert not rooms(build) & {"quantize", "model", "train", "report", "cli"}

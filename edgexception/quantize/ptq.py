@@ -25,6 +25,7 @@ from edgexception.quantize.precision import resolve, with_float_layers, with_pre
 from edgexception.quantize.ranges import grid_of_range, observe
 from edgexception.quantize.reconstruct import images_held, reconstruct
 from edgexception.recipe import PrecisionSpec, PtqSpec
+from edgexception.train.state import Keeper
 
 BATCH = 8
 Report = Callable[[str, int, int, float], None]
@@ -53,13 +54,15 @@ def quantize_ptq(
     weight_bits: int,
     progress: Report | None = None,
     dialects: Sequence[str] = (),
+    keeper: Keeper | None = None,
 ) -> Quantized:
     """Quantize an inference graph on calibration images; `graph` itself is not changed.
 
     `weight_bits` is 8, or 7 for processors whose uint8 x int8 products saturate at 16 bits.
     `dialects` are those that `precision: {auto: ...}` must hold in; none are all that can say the
-    plan. Raises BadArtifact naming the layer or tensor that is not finite, UsageError for names of
-    layers that are none, and GateFailed when `auto` cannot reach its bound.
+    plan. With a `keeper`, learned rounding goes on from what an earlier run has saved there. Raises
+    BadArtifact naming the layer or tensor that is not finite, UsageError for names of layers that
+    are none, and GateFailed when `auto` cannot reach its bound.
     """
     precision = spec.precision or PrecisionSpec()
     named = resolve(graph, {"fp32": precision.fp32, "fp16": precision.fp16})
@@ -80,7 +83,7 @@ def quantize_ptq(
         for edge, found in _ranges(moved, spec, images, choice, progress).items()
     }
     weights = _weights(moved, activations, weight_bits)
-    fitted = _fitted(moved, spec, activations, weights, images, progress)
+    fitted = _fitted(moved, spec, activations, weights, images, progress, keeper)
     plan = QuantPlan(
         activations=activations,
         weights=weights,
@@ -202,6 +205,7 @@ def _fitted(
     weights: dict[str, WeightQuant],
     images: ImageSet,
     progress: Report | None,
+    keeper: Keeper | None,
 ) -> fx.GraphModule:
     """Return the graph with the rounding and the biases that the spec asks for."""
     learned = spec.rounding == "learned"
@@ -223,6 +227,7 @@ def _fitted(
         _Batches(held, None, ""),
         rounding=learned,
         biases=spec.bias_correction,
+        keeper=keeper,
         progress=layer_done,
     )
 

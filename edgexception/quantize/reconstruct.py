@@ -4,6 +4,9 @@ Layers are taken in the order of the graph, each between the tensors of the floa
 that the quantized layers before it produce: so a layer makes up for errors of those before it, and
 none is fitted to inputs that it never sees. What is fitted is its weights' rounding (`rounding`)
 and its bias (`biases`).
+
+Rounding takes nearly all the time. With a `Keeper`, the weights that are found are saved now and
+then, and a later run repeats what is cheap and takes them over, to the same last bit.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from edgexception.quantize.edges import input_edges
 from edgexception.quantize.plan import ActivationQuant, WeightQuant
 from edgexception.quantize.rounding import learned_weight
 from edgexception.quantize.simulate import quantize_weight
+from edgexception.train.state import Keeper, State
 
 MOST_VALUES = 100_000_000
 """Of one tensor of all images together, 400 MB: a few such tensors are in memory at once, each of
@@ -51,6 +55,7 @@ def reconstruct(
     *,
     rounding: bool,
     biases: bool,
+    keeper: Keeper | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> fx.GraphModule:
     """Return the graph with weights on their grids, if `rounding`, and corrected biases.
@@ -58,14 +63,17 @@ def reconstruct(
     A depthwise convolution without a bias gets none: the pointwise one after it makes up for both.
     The bias of the layer that reads the photo is left as it is: its input is exact, and the mean of
     a photo is no photo (correcting it cost 6 dB on images with a dark border, recipes/digits.yaml).
-    Holds the float and the quantized tensors between two layers for all `batches` at once.
+    Holds the float and the quantized tensors between two layers for all `batches` at once. Raises
+    BadArtifact when what `keeper` has is not of this network.
     """
     result = copy.deepcopy(graph)
     found, edges = layers(result), input_edges(result)
+    learned = _kept(keeper, found) if keeper is not None and rounding else {}
     source = {name: edge for edge, readers in edges.items() for name in readers}
     exact = set(edges.get(INPUT, ()))
     values: dict[str, list[Pair]] = {}
     nodes = list(result.graph.nodes)
+    fitted = 0
     last_reader = {used.name: node.name for node in nodes for used in node.all_input_nodes}
     with torch.inference_mode():
         for number, node in enumerate(nodes):
@@ -78,11 +86,15 @@ def reconstruct(
             inputs = list(zip(*(values[used.name] for used in node.all_input_nodes), strict=True))
             if node.name in found:
                 grid, weight = activations[source[node.name]], weights[node.name]
-                outputs = _fit(found[node.name], grid, weight, inputs, rounding)
+                known = learned.get(node.name)
+                outputs = _fit(found[node.name], grid, weight, inputs, rounding, known)
                 if biases and node.name not in exact and found[node.name].bias is not None:
                     users = list(node.users)
                     rectified = len(users) == 1 and _is_relu(result, users[0])
                     outputs = correct_bias(found[node.name], outputs, rectified)
+                fitted += 1
+                if keeper is not None and rounding and len(learned) < fitted and keeper.due():
+                    keeper.save(State(fitted, _weights(found)))
             else:
                 outputs = [
                     (layer(*(pair[0] for pair in pairs)), layer(*(pair[1] for pair in pairs)))
@@ -96,6 +108,16 @@ def reconstruct(
     return result
 
 
+def _weights(found: Mapping[str, nn.Conv2d | nn.Linear]) -> dict[str, torch.Tensor]:
+    return {name: layer.weight.detach() for name, layer in found.items()}
+
+
+def _kept(keeper: Keeper, found: Mapping[str, nn.Conv2d | nn.Linear]) -> dict[str, torch.Tensor]:
+    """Return the weights that an earlier run has found, of the first layers of the graph."""
+    state = keeper.load(_weights(found), len(found) + 1)
+    return {name: state.tensors[name] for name in list(found)[: state.steps]} if state else {}
+
+
 def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(module_of(graph, node), nn.ReLU)
 
@@ -106,17 +128,21 @@ def _fit(
     weight: WeightQuant,
     inputs: Iterable[tuple[Pair, ...]],
     rounding: bool,
+    known: torch.Tensor | None,
 ) -> list[Pair]:
     """Return a layer's float outputs, and those of rounded inputs and weights.
 
-    With `rounding` the layer is left with weights on their grid, otherwise with its own.
+    With `rounding` the layer is left with weights on their grid, `known` or learned, otherwise with
+    its own.
     """
     pairs = [
         (x, torch.fake_quantize_per_tensor_affine(y, grid.scale, grid.zero_point, *grid.levels))
         for ((x, y),) in inputs
     ]
     rounded = copy.deepcopy(layer)
-    if rounding:
+    if known is not None:
+        on_grid = known
+    elif rounding:
         on_grid = learned_weight(layer, weight, [y for _, y in pairs])
     else:
         steps = torch.tensor(weight.scales).view(-1, *[1] * (layer.weight.ndim - 1))

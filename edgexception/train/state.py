@@ -92,6 +92,4 @@ class Keeper:
         return int(text)
 
     def _refused(self, reason: str) -> BadArtifact:
-        return BadArtifact(
-            f"{self.path}: {reason}; remove this file to begin the training again from the start"
-        )
+        return BadArtifact(f"{self.path}: {reason}; remove this file to begin again from the start")
