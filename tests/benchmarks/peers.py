@@ -1,6 +1,7 @@
 """Our INT8 beside ONNX Runtime's, NNCF's and ModelOpt's: one network, one set of photos, one run.
 
-    python tests/benchmarks/peers.py [RECIPE ...] [--images N] [--also RECIPE] [--skip-modelopt]
+    python tests/benchmarks/peers.py [RECIPE ...] [--images N] [--input-size N] [--also RECIPE]
+                                     [--skip-modelopt]
 
 Exports a recipe's float network and our INT8 of it, lets every tool quantize the same float graph
 on the same calibration images, and prints two tables for each recipe:
@@ -11,7 +12,8 @@ a. as TensorRT takes it: int8 activations around zero, one scale a tensor, float
 b. as executed by ONNX Runtime and OpenVINO on this processor, with uint8 activations where a tool
    has them, and with latency at batch 1: engines take turns, round by round.
 
-`--images` takes the first N evaluation images only, `--also` takes the `quantize` section of one
+`--images` takes the first N evaluation images only, `--input-size` another size of the network's
+input than the recipe's, `--also` takes the `quantize` section of one
 more recipe (QAT beside PTQ). ModelOpt is installed into build/modelopt when it is not there.
 """
 
@@ -49,6 +51,7 @@ from edgexception.data import open_calibration, open_evaluation
 from edgexception.device import local_device
 from edgexception.imageset import ImageSet
 from edgexception.pipeline import run
+from edgexception.preprocess import PreprocessChanges
 from edgexception.recipe import BenchSpec, ExportSpec, Gates, PtqSpec, Recipe
 from edgexception.recipe_file import load_recipe
 from edgexception.report.record import Report
@@ -64,6 +67,17 @@ class Images(NamedTuple):
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     """Of the first images: photos have labels, crops of them have none."""
+
+
+def at_size(recipe: Recipe, side: int | None) -> Recipe:
+    """Return the recipe with another input size, under a name that says so."""
+    if side is None:
+        return recipe
+    changes = (recipe.model.preprocess or PreprocessChanges()).model_copy(
+        update={"input_size": (side, side)}
+    )
+    model = recipe.model.model_copy(update={"preprocess": changes})
+    return recipe.model_copy(update={"name": f"{recipe.name}-{side}", "model": model})
 
 
 def exported(recipe: Recipe, spec: PtqSpec, out: Path, activations: str) -> tuple[Report, Path]:
@@ -231,12 +245,13 @@ def main() -> None:
     )
     parser.add_argument("recipes", nargs="*", type=Path, default=[Path("recipes/kitchenware.yaml")])
     parser.add_argument("--images", type=int, default=None)
+    parser.add_argument("--input-size", type=int, default=None)
     parser.add_argument("--also", action="append", type=Path, default=[])
     parser.add_argument("--skip-modelopt", action="store_true")
     arguments = parser.parse_args()
     for path in arguments.recipes:
         with tempfile.TemporaryDirectory() as scratch:
-            compare(load_recipe(path), arguments, Path(scratch))
+            compare(at_size(load_recipe(path), arguments.input_size), arguments, Path(scratch))
 
 
 if __name__ == "__main__":
