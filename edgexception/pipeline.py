@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from edgexception.artifacts import Artifact, Store
+from edgexception.bench.executed import check_placement
 from edgexception.bench.protocol import Engine
 from edgexception.bench.statistics import Times
 from edgexception.data import (
@@ -20,7 +21,7 @@ from edgexception.data import (
     open_training,
     refuse_leak,
 )
-from edgexception.device import BuildRecord, Device, ProbeRecord, Progress, local_device
+from edgexception.device import Device, ProbeRecord, Progress, local_device
 from edgexception.engine_stages import bench, build, evaluate, places_of
 from edgexception.errors import EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, first_images
@@ -37,7 +38,7 @@ from edgexception.recipe import (
 )
 from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.recipe_file import dump_recipe
-from edgexception.report.assemble import Findings, Measured, Place, report_of
+from edgexception.report.assemble import Findings, Measured, Place, build_record, report_of
 from edgexception.report.network import Network
 from edgexception.report.record import Report, StageLine
 from edgexception.report.render import to_markdown
@@ -329,13 +330,14 @@ def _build(state: _Run) -> None:
                     place.threads,
                     place.key,
                 )
+                check_placement(build_record(state.engines[place]), place.key)
 
 
 def _measure(state: _Run) -> None:
     if state.evaluation is not None and state.engines:
         answers = reference(state.shop, state.model, state.evaluation, "for evaluation")
         floats = np.load(answers.file("logits.npy"), allow_pickle=False)
-        for place, built in state.engines.items():
+        for place, built in _working(state).items():
             with _fault_noted(state.faults, place):
                 logits = evaluate(state.shop, _engine(place, built), built, answers)
                 state.measured[place] = Measured(logits=logits, reference=floats)
@@ -347,7 +349,7 @@ def _measure(state: _Run) -> None:
 def _latency(state: _Run, spec: BenchSpec) -> dict[Place, list[Times]]:
     """Measure every engine that works; one that fails is taken out and the others start again."""
     while True:
-        working = {p: built for p, built in state.engines.items() if p not in state.faults}
+        working = _working(state)
         if not working:
             return {}
         try:
@@ -362,6 +364,10 @@ def _latency(state: _Run, spec: BenchSpec) -> dict[Place, list[Times]]:
             state.faults[failed[0]] = error
         else:
             return {place: times[place.key] for place in working}
+
+
+def _working(state: _Run) -> dict[Place, Artifact]:
+    return {place: built for place, built in state.engines.items() if place not in state.faults}
 
 
 Key = TypeVar("Key")
@@ -379,7 +385,7 @@ def _fault_noted(faults: dict[Key, EdgexError], key: Key) -> Iterator[None]:
 
 
 def _engine(place: Place, built: Artifact) -> Engine:
-    record = BuildRecord.model_validate_json(built.file("build.json").read_bytes())
+    record = build_record(built)
     return Engine(place.key, place.runtime, built.file(record.engine), place.batch, place.threads)
 
 
@@ -426,7 +432,7 @@ def _publish(out: Path, state: _Run, report: Report) -> None:
         for (form, runtime), artifact in state.parity.items()
     }
     for place, row in zip(state.places, report.rows, strict=True):
-        if place not in state.engines:
+        if place not in state.engines or place in state.faults:
             continue
         built = state.engines[place]
         engine = _engine(place, built)

@@ -321,6 +321,9 @@ class Gates(Spec):
     """Least share of images on which an INT8 engine decides like the float network."""
     sqnr_db_min: Annotated[float, Field(ge=-200.0, le=200.0)] | None = None
     """Least signal-to-quantization-noise ratio of the logits of an INT8 engine."""
+    executed_int8_share_min: Share | None = None
+    """Least share of the convolutions' multiply-accumulates that an INT8 engine runs in INT8, as
+    its runtime tells of the optimized network."""
     speedup_min: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     """Least FP32 latency / INT8 latency of a runtime at the first batch size: the geometric mean
     over the rounds of the ratio of the medians in that round."""

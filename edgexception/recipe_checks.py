@@ -368,15 +368,18 @@ def _batch_is_measured(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+_GATES_WITHOUT_IMAGES = ("speedup_min", "executed_int8_share_min")
+
+
 def _gates_are_measured(recipe: Recipe) -> Iterator[Fault]:
     gates = recipe.gates
-    for name in ("top1_min", "top1_drop_max", "agreement_min", "sqnr_db_min", "speedup_min"):
+    for name in type(gates).model_fields:
         if getattr(gates, name) is None:
             continue
         path: KeyPath = ("gates", name)
         if not recipe.bench:
             yield Fault(path, "nothing measures it; add a `bench:` section or remove this gate")
-        if name != "speedup_min" and not recipe.evaluation:
+        if name not in _GATES_WITHOUT_IMAGES and not recipe.evaluation:
             yield Fault(path, "there are no images to measure it on; add an `evaluation:` section")
         elif name.startswith("top1") and recipe.evaluation:
             yield from _gate_has_labels(recipe.evaluation.source, path)

@@ -125,6 +125,7 @@ GATES = st.builds(
     Gates,
     top1_min=st.none() | SHARES,
     sqnr_db_min=st.none() | st.floats(-200, 200),
+    executed_int8_share_min=st.none() | SHARES,
     speedup_min=st.none() | st.floats(0.001, 1000),
 )
 RECIPE = st.builds(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgexception.agent.protocol import AgentError
@@ -35,7 +37,18 @@ _CHILDREN: dict[str, dict[int, str]] = {
 }
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 _NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
+_MODEL_GRAPH, _MODEL_METADATA, _GRAPH_NODE = 7, 14, 1
 _MAX_DEPTH = 40
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a model's main graph; `operator` is "domain:Type" where not ONNX's own."""
+
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 def operators(path: Path) -> dict[str, int]:
@@ -46,16 +59,55 @@ def operators(path: Path) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     name = path.name
+    with _content(path) as content:
+        _walk(content, "Model", counts, name, 0)
+    if not counts:
+        raise AgentError("bad-artifact", f"{name} is not an ONNX file: it has no operator")
+    return dict(sorted(counts.items()))
+
+
+def main_graph(path: Path) -> tuple[dict[str, str], list[Node]]:
+    """Return a model's `metadata_props`, and the nodes of its main graph in their order."""
+    metadata: dict[str, str] = {}
+    nodes: list[Node] = []
+    with _content(path) as content:
+        for number, value in _fields(content):
+            if isinstance(value, int):
+                continue
+            if number == _MODEL_METADATA:
+                texts = _texts(value)
+                metadata[texts.get(1, [""])[-1]] = texts.get(2, [""])[-1]
+            elif number == _MODEL_GRAPH:
+                messages = [m for n, m in _fields(value) if n == _GRAPH_NODE]
+                nodes += [_node(message) for message in messages if not isinstance(message, int)]
+    return metadata, nodes
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[memoryview]:
+    """Map a file; what is wrong with its wire format becomes a bad-artifact AgentError."""
     with path.open("rb") as file:
         # Not closed by hand: the traceback of a fault still holds views of it.
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
-        _walk(content, "Model", counts, name, 0)
+        yield content
     except (IndexError, UnicodeDecodeError) as error:
-        raise AgentError("bad-artifact", f"{name} is broken or not an ONNX file") from error
-    if not counts:
-        raise AgentError("bad-artifact", f"{name} is not an ONNX file: it has no operator")
-    return dict(sorted(counts.items()))
+        raise AgentError("bad-artifact", f"{path.name} is broken or not an ONNX file") from error
+
+
+def _node(message: memoryview) -> Node:
+    texts = _texts(message, (1, 2, 3))
+    name = texts.get(3, [""])[-1]
+    return Node(_operator(message), name, tuple(texts.get(1, ())), tuple(texts.get(2, ())))
+
+
+def _texts(message: memoryview, wanted: tuple[int, ...] = (1, 2)) -> dict[int, list[str]]:
+    """Return the strings of some fields of a message."""
+    found: dict[int, list[str]] = {}
+    for number, value in _fields(message):
+        if number in wanted and not isinstance(value, int):
+            found.setdefault(number, []).append(str(value, "utf-8"))
+    return found
 
 
 def _walk(message: memoryview, kind: str, counts: Counter[str], name: str, depth: int) -> None:

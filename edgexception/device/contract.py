@@ -105,12 +105,31 @@ class EngineRecord(Facts):
     """The last lines the runtime printed; the transport adds them."""
 
 
+class LayerPlacement(Facts):
+    """One layer of the network: the precision planned for it, and the one that the engine runs."""
+
+    name: str
+    kind: str
+    """"convolution" or "dense"."""
+    macs: Annotated[int, Field(ge=0)]
+    """Multiply-accumulates for one image."""
+    planned: str
+    executed: str | None
+    """"int8", "fp16", "bf16" or "fp32"; None where the runtime does not tell."""
+    kernel: str
+    """What runs it, in the runtime's words."""
+
+
 class BuildRecord(EngineRecord):
     """What `build` answers."""
 
     layers: dict[str, int]
     """Layers as executed. ONNX Runtime: operators of the optimized graph, "domain:Type" where the
     domain is not ONNX's. OpenVINO: "Type precision"."""
+    placement: list[LayerPlacement] = Field(default_factory=list)
+    """Empty where the runtime tells of no layer."""
+    conversions: dict[str, int] = Field(default_factory=dict)
+    """How many nodes only change type or layout: quantize, dequantize, reorder, cast."""
     engine: str
     engine_bytes: int
     seconds: float

@@ -8,6 +8,7 @@ output is float32 `logits` (batch, classes).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -82,7 +83,8 @@ def to_onnx(
         producer_name="edgexception",
         producer_version=__version__,
     )
-    helper.set_model_props(model, _metadata(preprocess, classes, plan, dialect))
+    props = _metadata(preprocess, classes, plan, dialect)
+    helper.set_model_props(model, {**props, "edgexception.layers": json.dumps(writer.layers)})
     onnx.checker.check_model(model, full_check=True)
     if types.half or (dialect is not None and has_half(dialect)):
         found = faults(model)
@@ -128,6 +130,8 @@ class _Writer:
         self.precision = plan.precision if plan else {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.layers: dict[str, dict[str, str | int]] = {}
+        """What an engine of this graph is to be held to, layer by layer (`agent.placement`)."""
 
     def write(self) -> int:
         """Write every node; return the number of outputs per image."""
@@ -277,7 +281,12 @@ class _Writer:
     def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
         name, half = node.name, node.name in self.half
         weight = layer.weight.detach()
-        if self.plan is None or self.dialect is None or name in self.precision:
+        integer = self.plan is not None and name not in self.precision
+        self.layers[name] = {
+            "precision": "int8" if integer else _TYPED[half][0],
+            "macs": math.prod(self.sizes[name]) * weight[0].numel(),
+        }
+        if self.plan is None or self.dialect is None or not integer:
             names = [self.constant(f"{name}_weight", self._float(weight.numpy(), half))]
         else:
             grid = self.plan.weights[name]

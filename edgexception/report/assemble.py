@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgexception import __version__
 from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
+from edgexception.bench.executed import executed
 from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
 from edgexception.device import BuildRecord, ProbeRecord
@@ -211,14 +212,20 @@ def _parity(found: Findings) -> Iterator[Parity]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
+def build_record(built: Artifact) -> BuildRecord:
+    """Return what the device said of an engine when it built it."""
+    return BuildRecord.model_validate_json(built.file("build.json").read_bytes())
+
+
 def _row(found: Findings, place: Place) -> Row:
     built = found.engines.get(place)
     measured = found.measured.get(place, Measured())
     fault = found.faults.get(place)
     facts: dict[str, Any] = {"status": "skipped", "reason": "the run ended before this stage"}
     if built is not None:
-        record = BuildRecord.model_validate_json(built.file("build.json").read_bytes())
+        record = build_record(built)
         facts = {"status": "built", "engine_bytes": record.engine_bytes, "layers": record.layers}
+        facts["executed"] = executed(record)
         facts["onnx_bytes"] = found.exports[place.form].files["model.onnx"].bytes
     if measured.logits is not None or measured.rounds is not None:
         facts["status"] = "measured"

@@ -38,6 +38,8 @@ def _row(gates: Gates, row: Row, rows: Sequence[Row]) -> Iterator[GateResult]:
         yield _result("sqnr_db_min", gates.sqnr_db_min, None, True, row, "equal to the last bit")
     else:
         yield from _at_least("sqnr_db_min", gates.sqnr_db_min, sqnr, row)
+    share = row.executed.shares.get("int8", 0.0) if row.executed else None
+    yield from _at_least("executed_int8_share_min", gates.executed_int8_share_min, share, row)
     if row.batch == rows[0].batch:
         speedup = row.speedup.value if row.speedup else None
         yield from _at_least("speedup_min", gates.speedup_min, speedup, row)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from edgexception.device import LayerPlacement
 from edgexception.report.network import Network
 
 
@@ -75,6 +76,20 @@ class Paired(Record):
     p_value: float
 
 
+class Executed(Record):
+    """What an engine really runs, as its runtime tells of the optimized network."""
+
+    shares: dict[str, float]
+    """Of the convolutions' multiply-accumulates by precision: "int8", "fp16", "bf16", "fp32", and
+    "unknown" where the runtime does not tell."""
+    conversions: dict[str, int]
+    """Nodes that only change type or layout: quantize, dequantize, reorder, cast."""
+    misplaced: tuple[LayerPlacement, ...]
+    """Layers that run in another precision than planned; a row that has any is failed."""
+    unknown: tuple[str, ...]
+    """Layers of which the runtime does not tell."""
+
+
 class Row(Record):
     """One engine: a target's runtime, a precision and a batch size."""
 
@@ -91,6 +106,7 @@ class Row(Record):
     onnx_bytes: int | None = None
     layers: dict[str, int] = {}
     """Layers as the runtime executes them, with their counts."""
+    executed: Executed | None = None
     latency: Latency | None = None
     images_per_second: float | None = None
     fastest: bool = False

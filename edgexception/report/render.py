@@ -11,6 +11,7 @@ from edgexception.report.record import (
     Effect,
     Estimate,
     Exceptions,
+    Executed,
     Fidelity,
     GateResult,
     Paired,
@@ -52,6 +53,9 @@ def to_text(report: Report) -> str:
         ]
         facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
         lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
+    for row in report.rows:
+        if row.executed is not None and row.precision != "fp32":
+            lines.append(f"{row_name(row):<36}{executed_line(row.executed)}")
     for parity in report.parity:
         name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
         found = f"{_sqnr(parity.executed_vs_torch)} executed against torch"
@@ -152,8 +156,25 @@ def to_markdown(report: Report) -> str:
         worst_first=worst_first,
         shade=_shade,
         exception_lines=_exception_lines,
+        executed_line=executed_line,
     )
     return environment.get_template("report.md.j2").render(report=report)
+
+
+def executed_line(found: Executed) -> str:
+    """Say in one line what an engine runs, and which nodes it has beside the layers."""
+    shares = (f"{_part(share)} in {name.upper()}" for name, share in found.shares.items())
+    nodes = ", ".join(f"{count} {kind}" for kind, count in found.conversions.items())
+    line = f"runs {', '.join(shares)} (multiply-accumulates of the convolutions); conversions: "
+    line += nodes or "none"
+    return f"{line}; not told: {', '.join(found.unknown)}" if found.unknown else line
+
+
+def _part(share: float) -> str:
+    """Return a share in percent; only all of it is 100%, and only nothing is 0%."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
 
 
 def _not_compared(parity: Parity) -> str:

@@ -103,7 +103,7 @@ def test_everything_a_device_must_know_is_in_the_metadata() -> None:
     assert props["edgexception.dialect"] == "onnxruntime"
     assert Provenance.model_validate_json(props["edgexception.quantization"]).images == 2
     plain = {p.key for p in to_onnx(small_graph(), spec, None).metadata_props}
-    assert plain == {"edgexception.preprocess"}
+    assert plain == {"edgexception.preprocess", "edgexception.layers"}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

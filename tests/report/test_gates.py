@@ -9,7 +9,7 @@ import pytest
 from edgexception.bench.statistics import wilson
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.record import Estimate, Fidelity, Row, Share
+from edgexception.report.record import Estimate, Executed, Fidelity, Row, Share
 from edgexception.report.render import gate_lines
 
 
@@ -28,6 +28,9 @@ def row(precision: str = "int8", **changes: Any) -> Row:
         "status": "measured",
         "top1": share(95 if precision == "fp32" else 90),
         "fidelity": Fidelity(agreement=share(80), sqnr_db=25.0, max_abs_difference=1.0),
+        "executed": Executed(
+            shares={"fp32": 0.1, "int8": 0.9}, conversions={}, misplaced=(), unknown=()
+        ),
         "speedup": None if precision == "fp32" else Estimate(value=1.5, low=1.4, high=1.6),
     }
     return Row(**facts | changes)
@@ -38,6 +41,7 @@ BOUNDS = {
     "top1_drop_max": (0.05, 0.04),
     "agreement_min": (0.80, 0.81),
     "sqnr_db_min": (25.0, 25.1),
+    "executed_int8_share_min": (0.9, 0.91),
     "speedup_min": (1.5, 1.51),
 }
 
@@ -57,7 +61,7 @@ def test_a_gate_passes_at_its_bound_and_is_missed_beyond(gate: str) -> None:
 def test_every_gate_is_a_field_and_only_set_gates_are_judged() -> None:
     assert set(BOUNDS) == set(Gates.model_fields)
     assert judged({}, row("fp32"), row()) == []
-    assert len(judged(dict.fromkeys(BOUNDS, 0.5), row("fp32"), row())) == 5
+    assert len(judged(dict.fromkeys(BOUNDS, 0.5), row("fp32"), row())) == 6
 
 
 @pytest.mark.parametrize("status", ["skipped", "failed", "built"])
@@ -78,6 +82,7 @@ def test_a_row_that_was_not_measured_misses_every_gate(gate: str, status: str) -
         ("top1_drop_max", {"top1": None}),
         ("agreement_min", {"fidelity": None}),
         ("sqnr_db_min", {"fidelity": None}),
+        ("executed_int8_share_min", {"executed": None}),
         ("speedup_min", {"speedup": None}),
     ],
 )

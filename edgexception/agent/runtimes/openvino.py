@@ -16,10 +16,20 @@ import openvino
 from numpy.typing import NDArray
 
 from edgexception.agent.onnx_file import operators
+from edgexception.agent.placement import Ran, placement
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, check_contract
 
 _TYPES = {"u8": "uint8", "f32": "float32"}
+_PRECISIONS = {"i8": "int8", "u8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+# layerType as the CPU plugin calls its nodes (openvino, src/plugins/intel_cpu/src/cpu_types.cpp).
+_LAYERS = ("Convolution", "FullyConnected", "MatMul")
+_CONVERSIONS = {
+    "FakeQuantize": "quantize",
+    "Reorder": "reorder",
+    "Transpose": "reorder",
+    "Convert": "cast",
+}
 _READ_BACK = (
     "INFERENCE_NUM_THREADS",
     "NUM_STREAMS",
@@ -50,7 +60,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         exported = io.BytesIO()
         compiled.export_model(exported)
     out.write_bytes(exported.getbuffer())
-    return {"settings": _read_back(compiled), "layers": _layers(compiled)}
+    return {"settings": _read_back(compiled), **executed(model, compiled)}
 
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
@@ -103,14 +113,33 @@ def _text(value: object) -> str:
     return str(value.get_type_name()) if isinstance(value, openvino.Type) else str(value)
 
 
-def _layers(compiled: openvino.CompiledModel) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for layer in compiled.get_runtime_model().get_ops():
-        facts = layer.get_rt_info()
-        kind, precision = (facts[key].astype(str) for key in ("layerType", "runtimePrecision"))
-        if kind not in ("Const", "Input", "Output"):
-            counts[f"{kind} {precision}"] += 1
-    return dict(sorted(counts.items()))
+def executed(model: Path, compiled: openvino.CompiledModel) -> dict[str, Any]:
+    """Return what a compiled model says of how it executes the layers of `model`."""
+    layers: Counter[str] = Counter()
+    conversions: Counter[str] = Counter()
+    kernels = []
+    for node in compiled.get_runtime_model().get_ops():
+        facts = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        kind, precision = facts["layerType"], facts["runtimePrecision"]
+        if kind in ("Const", "Input", "Output"):
+            continue
+        layers[f"{kind} {precision}"] += 1
+        if kind in _LAYERS:
+            names = tuple(facts["originalLayersNames"].split(","))
+            kernels.append(Ran(names, _PRECISIONS.get(precision), facts["primitiveType"]))
+        elif (what := _conversion(kind, facts["originalLayersNames"])) is not None:
+            conversions[what] += 1
+    return {
+        "layers": dict(sorted(layers.items())),
+        "conversions": dict(sorted(conversions.items())),
+        "placement": placement(model, kernels),
+    }
+
+
+def _conversion(kind: str, names: str) -> str | None:
+    # A Subgraph is generated code for what was fused; one FakeQuantize alone may be one.
+    alone = kind == "Subgraph" and names.startswith("FakeQuantize") and "," not in names
+    return "quantize" if alone else _CONVERSIONS.get(kind)
 
 
 def _check(

@@ -15,6 +15,8 @@ on an emulated Haswell. Weights of 7 bits fit the 16 bits and stay int8.
 from __future__ import annotations
 
 import platform
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +25,46 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgexception.agent import machine
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import Node, main_graph, operators
+from edgexception.agent.placement import Ran, placement
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, check_contract
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+
+# Operators of the optimized graph (ONNX Runtime's ContribOperators.md). What it executes in float
+# on a processor is float32: this dialect has no float16.
+_INT8 = "int8"
+_PRECISIONS = {
+    "QLinearConv": _INT8,
+    "ConvInteger": _INT8,
+    "QLinearMatMul": _INT8,
+    "MatMulInteger": _INT8,
+    "com.microsoft:QLinearConv": _INT8,
+    "com.microsoft:QGemm": _INT8,
+    "com.microsoft:MatMulIntegerToFloat": _INT8,
+    "com.microsoft:DynamicQuantizeMatMul": _INT8,
+    "Conv": "fp32",
+    "com.microsoft:FusedConv": "fp32",
+    "com.microsoft.nchwc:Conv": "fp32",
+    "Gemm": "fp32",
+    "com.microsoft:FusedGemm": "fp32",
+    "MatMul": "fp32",
+    "com.microsoft:FusedMatMul": "fp32",
+}
+_CONVERSIONS = {
+    "QuantizeLinear": "quantize",
+    "com.microsoft:QuantizeLinear": "quantize",
+    "DequantizeLinear": "dequantize",
+    "com.microsoft:DequantizeLinear": "dequantize",
+    "com.microsoft.nchwc:ReorderInput": "reorder",
+    "com.microsoft.nchwc:ReorderOutput": "reorder",
+    "Transpose": "reorder",
+    "Cast": "cast",
+}
+# What its optimizer adds to the names of nodes and tensors that it makes anew.
+_ADDED = re.compile(r"^fused |(_nchwc|_token_\d+)+$")
 
 
 def version() -> dict[str, Any]:
@@ -40,10 +76,9 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Save the optimized graph at a fixed batch; return its operators, by type.
+    """Save the optimized graph at a fixed batch; return its operators, by type, and its layers.
 
-    INT8 as executed is QLinearConv (or ConvInteger, MatMulIntegerToFloat ...); a Conv between
-    DequantizeLinear and QuantizeLinear ran in float.
+    A Conv between DequantizeLinear and QuantizeLinear, which was not fused, runs in float.
     """
     operators(model)
     settings = _settings(options)
@@ -58,8 +93,28 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         _check(session, options)
     return {
         "settings": _describe(options, "ORT_ENABLE_ALL"),
-        "layers": operators(out),
+        **executed(model, out),
     }
+
+
+def executed(model: Path, optimized: Path) -> dict[str, Any]:
+    """Return what an optimized graph says of how it executes the layers of `model`."""
+    _, nodes = main_graph(optimized)
+    conversions = Counter(
+        _CONVERSIONS[node.operator] for node in nodes if node.operator in _CONVERSIONS
+    )
+    return {
+        "layers": operators(optimized),
+        "conversions": dict(sorted(conversions.items())),
+        "placement": placement(model, map(_ran, nodes)),
+    }
+
+
+def _ran(node: Node) -> Ran:
+    if node.operator not in _PRECISIONS:
+        return Ran((), None, node.operator)
+    names = tuple(_ADDED.sub("", name) for name in (node.name, *node.outputs))
+    return Ran(names, _PRECISIONS[node.operator], node.operator)
 
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
