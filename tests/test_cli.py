@@ -95,7 +95,9 @@ def test_quantize_needs_no_recipe_and_prints_one_that_loads_back(
     assert printed == recipe_of(world / "net.safetensors", flags)
     assert printed == load_recipe(tmp_path / "out/recipe.yaml")
     assert "quantized: asymmetric activations" in summary
-    assert [line.split()[0] for line in done.err.splitlines()] == ["import", "quantize"]
+    # On a slow machine indented lines of progress stand between the stages.
+    stages = [line for line in done.err.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in stages] == ["import", "quantize"]
 
     again = edgex_process(*command, tmp_path / "out", "--json", "--quiet", cwd=world)
     assert (again.code, again.err) == (0, "")
