@@ -34,15 +34,19 @@ class Ran:
     kernel: str
 
 
-def placement(model: Path, kernels: Iterable[Ran]) -> list[dict[str, Any]]:
+def placement(
+    model: Path, kernels: Iterable[Ran], *, by_followers: bool = True
+) -> list[dict[str, Any]]:
     """Return every layer of an ONNX file with the precision planned and the one that ran.
 
+    `by_followers` False is for a runtime that names every node in a kernel: there a kernel with
+    the ReLU alone is not the layer.
     `executed` is None where no kernel of that name is there or its precision was not told; where
     several run one layer it is the widest. A file that says nothing of its layers has none.
     """
     metadata, nodes = main_graph(model)
     planned = _planned(metadata, model.name)
-    owner = _owners(planned, nodes)
+    owner = _owners(planned, nodes) if by_followers else {name: name for name in planned}
     ran: dict[str, list[Ran]] = {}
     for kernel in kernels:
         for layer in {owner[name] for name in kernel.names if name in owner}:

@@ -168,6 +168,11 @@ def _misfits(options: BuildOptions, version: Version, gpu: Gpu) -> list[str]:
             "the DLA computes in FP16 and INT8 only (Working with DLA): build fp16",
         ),
         (
+            dla and not options.gpu_fallback,
+            "the network reads uint8 photos, which no DLA reads, and changing the format of inputs "
+            "needs the GPU (NVIDIA/TensorRT issue 3438): set gpu_fallback",
+        ),
+        (
             dla and len(shapes) > 1,
             "on the DLA the least, best and greatest batch must be one (NvInferRuntime.h, "
             "IOptimizationProfile::setDimensions): build one engine per batch size",

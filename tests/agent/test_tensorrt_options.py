@@ -230,6 +230,7 @@ REFUSED: list[tuple[str, dict[str, Any], Gpu, str, str]] = [
     ("11.4.1", {"precision": "fp16", **DLA}, Gpu(110, "Jetson Thor"), "usage", "this is Jetson T"),
     ("10.3.0", {"precision": "fp32", **DLA}, ORIN, "usage", "FP16 and INT8 only"),
     ("10.3.0", {"precision": "fp16", "shapes": SHAPES, **DLA}, ORIN, "usage", "one engine per"),
+    ("10.3.0", {"precision": "fp16", "dla_core": 0}, ORIN, "usage", "set gpu_fallback"),
     ("10.3.0", {"gpu_fallback": True}, ORIN, "usage", "no effect without dla_core"),
     (
         "10.7.0",
