@@ -19,7 +19,7 @@ INTERRUPTED = 130
 # Per verb, the fields its request may have.
 FIELDS = {
     "probe": (),
-    "build": ("runtime", "model", "batch", "threads"),
+    "build": ("runtime", "model", "batch", "threads", "sm"),
     "run": ("runtime", "engine", "batch", "threads", "images", "timing"),
 }
 

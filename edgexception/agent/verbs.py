@@ -239,6 +239,7 @@ def _runtime(request: Request) -> tuple[str, runtimes.Options]:
     options = runtimes.Options(
         batch=request.integer("batch", 1, MAX_BATCH),
         threads=request.integer("threads", 1, MAX_THREADS),
+        sm=None if request.fields.get("sm") is None else request.integer("sm", 10, 999),
     )
     return name, options
 

@@ -39,9 +39,19 @@ def build_engine(
     device: Device,
     out: Path,
     progress: Report | None = None,
+    sm: int | None = None,
 ) -> dict[str, Any]:
-    """Let the device build an engine of an ONNX file in the folder `out`; return its record."""
-    request = {"runtime": runtime, "model": "model.onnx", "batch": batch, "threads": threads}
+    """Let the device build an engine of an ONNX file in the folder `out`; return its record.
+
+    `sm` is the compute capability times 10 of the NVIDIA GPU that it is for.
+    """
+    request = {
+        "runtime": runtime,
+        "model": "model.onnx",
+        "batch": batch,
+        "threads": threads,
+        "sm": sm,
+    }
     return device.call("build", request, {"model.onnx": model}, out, progress)
 
 

@@ -70,11 +70,24 @@ class MemoryFacts(Facts):
     available_bytes: int | None
 
 
+class GpuFacts(Facts):
+    """An NVIDIA GPU as its driver describes it."""
+
+    name: str
+    sm: int
+    """Compute capability times 10."""
+    memory_bytes: int
+    driver: str
+    """The highest CUDA version that the driver serves."""
+
+
 class RuntimeFacts(Facts):
     """A runtime that can be used (version, devices), or the reason it cannot (missing)."""
 
     version: str | None = None
     devices: list[str] = Field(default_factory=list)
+    gpus: list[GpuFacts] = Field(default_factory=list)
+    """Of runtimes that run on NVIDIA GPUs: those here, the first is used."""
     missing: str | None = None
 
 
@@ -120,16 +133,47 @@ class LayerPlacement(Facts):
     """What runs it, in the runtime's words."""
 
 
+class KernelTensor(Facts):
+    """What a kernel reads or writes; `type` is the runtime's word."""
+
+    type: str
+    bytes: int
+
+
+class Kernel(Facts):
+    """One kernel of an engine."""
+
+    kind: str
+    layers: list[str]
+    """The ONNX nodes that it computes, wholly or in part."""
+    read: list[KernelTensor]
+    constant: list[KernelTensor]
+    written: list[KernelTensor]
+
+
+class Inspection(Facts):
+    """The kernels of an engine in their order, and sums over them in bytes for one batch."""
+
+    kernels: list[Kernel]
+    read_bytes: int
+    constant_bytes: int
+    written_bytes: int
+
+
 class BuildRecord(EngineRecord):
     """What `build` answers."""
 
     layers: dict[str, int]
     """Layers as executed. ONNX Runtime: operators of the optimized graph, "domain:Type" where the
-    domain is not ONNX's. OpenVINO: "Type precision"."""
+    domain is not ONNX's. OpenVINO: "Type precision". TensorRT-RTX: "kind Read to Written"."""
     placement: list[LayerPlacement] = Field(default_factory=list)
     """Empty where the runtime tells of no layer."""
     conversions: dict[str, int] = Field(default_factory=dict)
     """How many nodes only change type or layout: quantize, dequantize, reorder, cast."""
+    weights_bytes: int | None = None
+    """Of the engine, as the runtime says."""
+    inspection: Inspection | None = None
+    """What the runtime lists of its kernels; None where it lists nothing that is understood."""
     engine: str
     engine_bytes: int
     seconds: float

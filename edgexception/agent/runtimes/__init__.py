@@ -23,9 +23,20 @@ from edgexception.agent.protocol import AgentError
 MODULES = {
     "onnxruntime": "edgexception.agent.runtimes.ort",
     "openvino": "edgexception.agent.runtimes.openvino",
+    "tensorrt-rtx": "edgexception.agent.runtimes.tensorrt_rtx",
 }
 
-ENGINE_FILES = {"onnxruntime": "engine.onnx", "openvino": "engine.blob"}
+ENGINE_FILES = {
+    "onnxruntime": "engine.onnx",
+    "openvino": "engine.blob",
+    "tensorrt-rtx": "engine.rtx",
+}
+
+PACKAGES = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt-rtx": "tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
+}
 
 _SOURCE_PLACE = re.compile(r"(Exception from|failed at) \S+?:\d+:\s*")
 
@@ -36,6 +47,8 @@ class Options:
 
     batch: int
     threads: int
+    sm: int | None = None
+    """Compute capability times 10 of the NVIDIA GPU to build for; None for other runtimes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Runtime(Protocol):
     """What a runtime's module offers."""
 
     def version(self) -> dict[str, Any]:
-        """Return the version and the devices (ONNX Runtime: providers) of the runtime."""
+        """Return version and devices (ONNX Runtime: providers), and `gpus` of runtimes for them."""
         ...
 
     def build(self, model: Path, options: Options, out: Path) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def load(name: str) -> Runtime:
         raise AgentError(
             "not-possible-here",
             f"{name} cannot be used on this machine: {brief(error)}; install it with "
-            f"`pip install {name}`",
+            f"`pip install {PACKAGES[name]}`",
         ) from error
 
 

@@ -1,0 +1,184 @@
+"""TensorRT-RTX: engines for NVIDIA's RTX GPUs, built without a GPU, run where one is.
+
+An engine is built for one compute capability ("CPU-Only AOT and TensorRT-RTX Engines",
+docs.nvidia.com/deeplearning/tensorrt-rtx). It holds weights and portable kernels; the rest is
+compiled on the GPU when the engine is first opened there. Networks are strongly typed: the types
+are those of the ONNX graph. `open` has not been run on hardware.
+
+The vendor's support matrix (1.0 to 1.7) names no INT8 for activations, only for weights. The
+builder takes such graphs none the less, and lists their convolutions as INT8.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt_rtx_bindings as trt
+from numpy.typing import NDArray
+
+from edgexception.agent.onnx_file import operators
+from edgexception.agent.protocol import AgentError
+from edgexception.agent.runtimes import Options, Session, blaming, brief, check_contract
+from edgexception.agent.runtimes.cuda import Memory, first_gpu, gpus
+from edgexception.agent.runtimes.rtx_layers import START, counts, inspection, read_kernels
+
+_WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+_TYPES = {trt.uint8: "uint8", trt.float32: "float32"}
+
+
+class _Log(trt.ILogger):  # type: ignore[misc]
+    """Keeps errors, the listing of kernels and the size of the weights; prints warnings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+        self.listing = ""
+        self.weights_bytes: int | None = None
+
+    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+        """Take one message of the library."""
+        if severity <= trt.ILogger.Severity.ERROR:
+            self.errors.append(message)
+        elif severity == trt.ILogger.Severity.WARNING:
+            sys.stderr.write(f"{message}\n")
+        elif message.startswith(START):
+            self.listing = message
+        elif found := _WEIGHTS.match(message):
+            self.weights_bytes = int(found.group(1))
+
+    def why(self) -> str:
+        """Return what the library said, as one line."""
+        return brief(RuntimeError("; ".join(self.errors) or "no reason is given"))
+
+
+def version() -> dict[str, Any]:
+    """Return the version and the GPUs; the package builds without one."""
+    found = gpus()
+    return {"version": trt.__version__, "devices": [gpu["name"] for gpu in found], "gpus": found}
+
+
+def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
+    """Build for the compute capability `options.sm` at a fixed batch; no GPU is touched."""
+    capability = _capability(options.sm)
+    operators(model)
+    log = _Log()
+    with blaming(f"tensorrt-rtx cannot build {model.name}"):
+        builder = trt.Builder(log)
+        builder.max_threads = options.threads
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse(model.read_bytes()):
+            raise AgentError("bad-artifact", f"tensorrt-rtx cannot read {model.name}: {log.why()}")
+        _fix_batch(network, options)
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # Else float32 products are rounded to 10 bits of mantissa, and the row is not FP32.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
+        engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        starved = any(re.search("out ?of ?memory|bad_alloc", e, re.IGNORECASE) for e in log.errors)
+        raise AgentError(
+            "out-of-resources" if starved else "bad-artifact",
+            f"tensorrt-rtx cannot build {model.name} for SM{options.sm}: {log.why()}",
+        )
+    out.write_bytes(engine)
+    kernels = read_kernels(log.listing)
+    return {
+        "settings": {
+            "sm": options.sm,
+            "strongly_typed": True,
+            "profiling_verbosity": str(config.profiling_verbosity).rpartition(".")[2],
+            "builder_optimization_level": config.builder_optimization_level,
+            "tf32": config.get_flag(trt.BuilderFlag.TF32),
+        },
+        "layers": {} if kernels is None else counts(kernels),
+        "weights_bytes": log.weights_bytes,
+        "inspection": None if kernels is None else inspection(kernels),
+    }
+
+
+def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
+    """Open an engine on the first GPU; one that was built for another is refused by the library."""
+    gpu = first_gpu()
+    log = _Log()
+    with blaming(f"tensorrt-rtx cannot open {engine.name} on {gpu['name']}"):
+        opened = trt.Runtime(log).deserialize_cuda_engine(engine.read_bytes())
+        if opened is None:
+            raise AgentError(
+                "bad-artifact",
+                f"tensorrt-rtx cannot open {engine.name} on {gpu['name']}: {log.why()}",
+            )
+        shape, classes = _check_engine(opened, options)
+        context = opened.create_execution_context()
+        logits = np.empty((shape[0], classes), np.float32)
+        memory = Memory(int(np.prod(shape)), logits.nbytes)
+        context.set_tensor_address("images", memory.input)
+        context.set_tensor_address("logits", memory.output)
+
+    # The engine must outlive its context.
+    def call(images: NDArray[np.uint8], _held: object = opened) -> NDArray[np.float32]:
+        memory.upload(images)
+        if not context.execute_async_v3(memory.stream):
+            raise AgentError("measurement-invalid", f"tensorrt-rtx did not run: {log.why()}")
+        memory.download(logits)
+        return logits
+
+    return Session(shape, classes, call, {"gpu": gpu["name"], "driver": gpu["driver"]})
+
+
+def _capability(sm: int | None) -> trt.ComputeCapability:
+    """Return the builder's name of a compute capability; None is refused, it would be guessed."""
+    able = {
+        int(name.removeprefix("SM")): value
+        for name, value in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    if sm is None:
+        raise AgentError("usage", "tensorrt-rtx builds for a compute capability: give `sm`")
+    if sm not in able:
+        raise AgentError(
+            "not-possible-here",
+            f"tensorrt-rtx {trt.__version__} does not build for SM{sm}; it builds for "
+            f"{', '.join(f'SM{each}' for each in sorted(able))}",
+        )
+    return able[sm]
+
+
+def _fix_batch(network: trt.INetworkDefinition, options: Options) -> None:
+    """Give the open batch dimension its size, and check the network's ends."""
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        sizes = tuple(tensor.shape)
+        if sizes and sizes[0] == -1:
+            tensor.shape = (options.batch, *sizes[1:])
+    ends = [
+        [(end.name, _TYPES.get(end.dtype, str(end.dtype)), tuple(end.shape)) for end in side]
+        for side in (
+            [network.get_input(number) for number in range(network.num_inputs)],
+            [network.get_output(number) for number in range(network.num_outputs)],
+        )
+    ]
+    check_contract(ends[0], ends[1], options)
+
+
+def _check_engine(
+    engine: trt.ICudaEngine, options: Options
+) -> tuple[tuple[int, int, int, int], int]:
+    ends: dict[Any, list[tuple[str, str, tuple[int, ...]]]] = {
+        trt.TensorIOMode.INPUT: [],
+        trt.TensorIOMode.OUTPUT: [],
+    }
+    for number in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(number)
+        kind = engine.get_tensor_dtype(name)
+        end = (name, _TYPES.get(kind, str(kind)), tuple(engine.get_tensor_shape(name)))
+        ends[engine.get_tensor_mode(name)].append(end)
+    return check_contract(
+        ends[trt.TensorIOMode.INPUT], ends[trt.TensorIOMode.OUTPUT], options
+    )
