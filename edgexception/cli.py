@@ -56,7 +56,9 @@ _QUANTIZE: dict[str, Any] = _MODEL | {
     "images": _option(int | None, "How many calibration images to take. Default: 128."),
     "crops": _option(int | None, "Random crops of each photo. Default: 1, the whole photo."),
     "evaluation": _option(Path | None, "Other photos: to compare on; labelled for accuracy."),
-    "activations": _option(str | None, "asymmetric (default) or symmetric (TensorRT)."),
+    "activations": _option(
+        str | None, "asymmetric or symmetric. Default: symmetric for TensorRT alone."
+    ),
     "ranges": _option(str | None, "auto (default), minmax, percentile, mse or entropy."),
     "weight_bits": _option(str | None, "auto (default), 7 or 8."),
 }

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from edgexception import __version__
+from edgexception.ability import why_not_built, why_not_run
 from edgexception.device import ProbeRecord, local_device
-from edgexception.targets import load_targets
+from edgexception.targets import extra_of, load_targets
 
 _PACKAGES = {
     "torch": "workstation",
@@ -43,7 +44,9 @@ def examine() -> dict[str, Any]:
             packages[name] = _missing("not installed", extra)
     for name, facts in machine.runtimes.items():
         packages[name] = (
-            {"version": facts.version} if facts.missing is None else _missing(facts.missing, name)
+            {"version": facts.version}
+            if facts.missing is None
+            else _missing(facts.missing, extra_of(name))
         )
     return {
         "edgexception": __version__,
@@ -85,18 +88,16 @@ def target_rows() -> list[dict[str, Any]]:
         runtimes = {}
         for runtime, row in target.runtimes.items():
             facts = machine.runtimes.get(runtime)
-            if target.arch != machine.arch:
-                reason = f"the target is {target.arch}, this machine {machine.arch}"
-            elif facts is None:
-                reason = "this version has no adapter for it"
-            else:
-                reason = facts.missing or ""
+            reason = why_not_built(name, runtime, machine) or ""
+            not_run = why_not_run(name, runtime, machine) or ""
             runtimes[runtime] = {
                 "dialect": row.dialect,
                 "precisions": list(row.precisions),
                 "version": facts.version if facts else None,
                 "here": not reason,
                 "reason": reason,
+                "runs": not not_run,
+                "not_run": not_run,
             }
         rows.append(
             {
@@ -119,5 +120,7 @@ def target_lines(rows: list[dict[str, Any]]) -> list[str]:
         for name, runtime in row["runtimes"].items():
             precisions = ", ".join(runtime["precisions"])
             state = f"{runtime['version']}, here" if runtime["here"] else f"no: {runtime['reason']}"
+            if runtime["here"] and not runtime["runs"]:
+                state = f"{runtime['version']}, builds here; does not run: {runtime['not_run']}"
             lines.append(f"  {name} ({precisions}): {state}")
     return lines

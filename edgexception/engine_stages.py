@@ -8,34 +8,50 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgexception.ability import why_not_built
 from edgexception.artifacts import Artifact
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.device import ProbeRecord
 from edgexception.errors import NotPossibleHere
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
-from edgexception.targets import find_runtime, find_target
+from edgexception.targets import extra_of, find_runtime, find_target
 from edgexception.workshop import Workshop, write_json
 
 
-def build(
-    shop: Workshop, exported: Artifact, runtime: str, batch: int, threads: int, what: str
-) -> Artifact:
-    """Build one engine on the device: the engine file and `build.json`."""
+def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
+    """Build one engine on the device: the engine file and `build.json`.
+
+    What TensorRT would take and compute otherwise, or refuse late, is refused before.
+    """
 
     def write(folder: Path) -> None:
+        model = exported.file("model.onnx")
+        if place.dialect == "tensorrt":
+            from edgexception.export.lint import check_typed
+
+            check_typed(model, place.sm)
         record = build_engine(
-            runtime, exported.file("model.onnx"), batch, threads, shop.device, folder, shop.progress
+            place.runtime,
+            model,
+            place.batch,
+            place.threads,
+            shop.device,
+            folder,
+            shop.progress,
+            place.sm,
         )
         write_json(folder / "build.json", record)
 
     inputs = {
         "exported": exported.digest,
-        "batch": batch,
-        "threads": threads,
-        "machine": shop.identity(runtime),
+        "dialect": place.dialect,
+        "batch": place.batch,
+        "threads": place.threads,
+        "sm": place.sm,
+        "machine": shop.identity(place.runtime),
     }
-    return shop.once("build", what, inputs, write)
+    return shop.once("build", place.key, inputs, write)
 
 
 def evaluate(
@@ -105,10 +121,9 @@ def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
             "recipe on such a machine"
         )
     for runtime in spec.runtime_names:
-        facts = machine.runtimes.get(runtime)
-        if facts is None or facts.missing is not None:
-            reason = facts.missing if facts else "this version has no adapter for it"
+        if reason := why_not_built(spec.target, runtime, machine):
             raise NotPossibleHere(
-                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. "
-                f"Install it with `pip install 'edgexception[{runtime}]'`, or list the others alone"
+                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. Install "
+                f"it with `pip install 'edgexception[{extra_of(runtime)}]'`, or list the others "
+                "alone"
             )

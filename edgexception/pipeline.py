@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from edgexception.ability import Reader, why_not_measured, why_not_run
 from edgexception.artifacts import Artifact, Store
 from edgexception.bench.executed import check_placement
-from edgexception.bench.protocol import Engine
 from edgexception.bench.statistics import Times
 from edgexception.data import (
     open_calibration,
@@ -26,7 +26,7 @@ from edgexception.engine_stages import bench, build, evaluate, places_of
 from edgexception.errors import EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import find_checkpoint, import_model
-from edgexception.output import fill_output, open_output
+from edgexception.output import open_output
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
@@ -37,11 +37,10 @@ from edgexception.recipe import (
     TrainedHereModel,
 )
 from edgexception.recipe_checks import check_recipe, dialects_of
-from edgexception.recipe_file import dump_recipe
-from edgexception.report.assemble import Findings, Measured, Place, build_record, report_of
+from edgexception.report.assemble import Measured, Place, build_record, report_of
 from edgexception.report.network import Network
 from edgexception.report.record import Report, StageLine
-from edgexception.report.render import to_markdown
+from edgexception.run_state import RunState, engine_of, findings, publish
 from edgexception.sources import list_source
 from edgexception.stages import (
     export,
@@ -55,6 +54,8 @@ from edgexception.workshop import Workshop
 
 Last = Literal["import", "quantize", "sensitivity", "export", "build", "bench"]
 LAST: tuple[Last, ...] = ("import", "quantize", "sensitivity", "export", "build", "bench")
+
+NOT_READ = "no runtime on this machine reads it"
 
 PARITY_IMAGES = 32
 """How many images every exported graph is compared on."""
@@ -72,33 +73,10 @@ class Listener:
 
 
 class Outcome(NamedTuple):
-    """What a run found, and the error of the first engine that failed, if one did."""
+    """What a run found, and the error of the first engine that failed or could not be run."""
 
     report: Report
     fault: EdgexError | None
-
-
-@dataclass
-class _Run:
-    """What a run has so far; each step below adds to it."""
-
-    recipe: Recipe
-    shop: Workshop
-    places: tuple[Place, ...]
-    model: Artifact
-    card: Network
-    labelled: ImageSet | None = None
-    evaluation: ImageSet | None = None
-    calibration: ImageSet | None = None
-    quantized: Artifact | None = None
-    sensitivity: Artifact | None = None
-    exports: dict[Form, Artifact] = field(default_factory=dict)
-    parity: dict[tuple[Form, str | None], Artifact] = field(default_factory=dict)
-    parity_from: str = ""
-    parity_faults: dict[tuple[Form, str | None], EdgexError] = field(default_factory=dict)
-    engines: dict[Place, Artifact] = field(default_factory=dict)
-    measured: dict[Place, Measured] = field(default_factory=dict)
-    faults: dict[Place, EdgexError] = field(default_factory=dict)
 
 
 def run(
@@ -118,7 +96,7 @@ def run(
         device = local_device()
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
-        state = _Run(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
+        state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "quantize"):
             _open_photos(state)
             _quantize(state)
@@ -131,9 +109,9 @@ def run(
             _build(state)
         if _reaches(last, "bench"):
             _measure(state)
-        report = report_of(_findings(state, judged=_reaches(last, "bench")))
-        _publish(out, state, report)
-    return Outcome(report, next(iter(state.faults.values()), None))
+        report = report_of(findings(state, judged=_reaches(last, "bench")))
+        publish(out, state, report)
+    return Outcome(report, state.fault)
 
 
 def _reaches(last: Last, stage: Last) -> bool:
@@ -179,7 +157,7 @@ def _probe(device: Device, store: Store) -> ProbeRecord:
 # --- the steps ------------------------------------------------------------------------------------
 
 
-def _open_photos(state: _Run) -> None:
+def _open_photos(state: RunState) -> None:
     recipe, preprocess = state.recipe, state.card.preprocess
     if recipe.evaluation is not None:
         state.labelled, state.evaluation = open_evaluation(
@@ -202,7 +180,7 @@ def _check_classes(labelled: ImageSet, card: Network, what: str) -> None:
         )
 
 
-def _quantize(state: _Run) -> None:
+def _quantize(state: RunState) -> None:
     recipe, spec = state.recipe, state.recipe.quantize
     if spec is None or recipe.calibration is None or state.calibration is None:
         return
@@ -224,7 +202,7 @@ def _quantize(state: _Run) -> None:
         )
 
 
-def _images_to_learn(state: _Run, spec: QatSpec) -> ImageSet | None:
+def _images_to_learn(state: RunState, spec: QatSpec) -> ImageSet | None:
     """Return the photos of the spec's source, if it has one."""
     if spec.source is None:
         return None
@@ -238,7 +216,7 @@ def _images_to_learn(state: _Run, spec: QatSpec) -> ImageSet | None:
     return images
 
 
-def _sensitivity(state: _Run) -> None:
+def _sensitivity(state: RunState) -> None:
     """Measure in the first dialect that is asked for, else in one whose layers write floats."""
     if state.quantized is not None and state.calibration is not None:
         few = first_images(state.calibration, SENSITIVITY_IMAGES)
@@ -259,7 +237,7 @@ def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
     return 7 if saturates and not machine.cpu.vnni else 8
 
 
-def _export(state: _Run) -> None:
+def _export(state: RunState) -> None:
     """Export float32 always, and every form that a target or the recipe asks for."""
     spec = state.recipe.export
     asked = [Form(precision, name) for name in spec.dialects for precision in spec.precisions]
@@ -274,7 +252,7 @@ def _export(state: _Run) -> None:
         )
 
 
-def _verify(state: _Run) -> None:
+def _verify(state: RunState) -> None:
     """Compare every exported graph on the first evaluation images, else on calibration images."""
     if state.evaluation is not None:
         images, state.parity_from = state.evaluation, "evaluation"
@@ -285,16 +263,16 @@ def _verify(state: _Run) -> None:
     first = first_images(images, PARITY_IMAGES)
     answers = reference(state.shop, state.model, first, "for parity")
     for form, exported in state.exports.items():
-        for runtime in _readers(state, form):
-            with _fault_noted(state.parity_faults, (form, runtime)):
-                state.parity[form, runtime] = verify(
+        for reader in _readers(state, form):
+            with _fault_noted(state.parity_faults, (form, reader.runtime)):
+                state.parity[form, reader.runtime] = verify(
                     state.shop,
                     state.model,
                     state.quantized if form.int8 else None,
                     exported,
                     answers,
                     form,
-                    runtime,
+                    reader,
                     state.recipe.export.batch or 1,
                 )
     for place in state.places:
@@ -302,58 +280,62 @@ def _verify(state: _Run) -> None:
             state.faults[place] = state.parity_faults[place.form, place.runtime]
 
 
-def _readers(state: _Run, form: Form) -> tuple[str | None, ...]:
-    """Return the runtimes that a form is compared on: the targets', else one here, else None."""
-    if wanted := dict.fromkeys(place.runtime for place in state.places if place.form == form):
-        return tuple(wanted)
-    machine = state.shop.machine
-    here = {
-        runtime: row.dialect
-        for target in load_targets().values()
-        if target.arch == machine.arch
+def _readers(state: RunState, form: Form) -> list[Reader]:
+    """Return what a form is compared on: the targets' runtimes, and one that runs here at least."""
+    machine, wanted = state.shop.machine, dict[str | None, str | None]()
+    for place in state.places:
+        if place.form == form and wanted.get(place.runtime, "not asked yet"):
+            wanted[place.runtime] = why_not_measured(place.target, place.runtime, machine)
+    able = [
+        runtime
+        for name, target in load_targets().items()
         for runtime, row in target.runtimes.items()
-        if runtime in machine.runtimes and machine.runtimes[runtime].missing is None
-    }
-    able = [r for r, dialect in here.items() if form.dialect in ("", dialect)]
-    return (able[0] if able else None,)
+        if form.dialect in ("", row.dialect) and not why_not_run(name, runtime, machine)
+    ]
+    if able and all(wanted.values()):
+        wanted[able[0]] = None
+    return [Reader(*item) for item in (wanted or {None: NOT_READ}).items()]
 
 
-def _build(state: _Run) -> None:
+def _build(state: RunState) -> None:
     for place in state.places:
         if place not in state.faults:
             with _fault_noted(state.faults, place):
-                state.engines[place] = build(
-                    state.shop,
-                    state.exports[place.form],
-                    place.runtime,
-                    place.batch,
-                    place.threads,
-                    place.key,
-                )
+                state.engines[place] = build(state.shop, state.exports[place.form], place)
                 check_placement(build_record(state.engines[place]), place.key)
 
 
-def _measure(state: _Run) -> None:
-    if state.evaluation is not None and state.engines:
+def _measure(state: RunState) -> None:
+    if state.evaluation is not None or state.recipe.bench is not None:
+        for place in state.engines:
+            if reason := why_not_measured(place.target, place.runtime, state.shop.machine):
+                state.skips[place] = reason
+    if state.evaluation is not None and _to_run(state):
         answers = reference(state.shop, state.model, state.evaluation, "for evaluation")
         floats = np.load(answers.file("logits.npy"), allow_pickle=False)
-        for place, built in _working(state).items():
+        for place, built in _to_run(state).items():
             with _fault_noted(state.faults, place):
-                logits = evaluate(state.shop, _engine(place, built), built, answers)
+                logits = evaluate(state.shop, engine_of(place, built), built, answers)
                 state.measured[place] = Measured(logits=logits, reference=floats)
     if state.recipe.bench is not None:
         for place, rounds in _latency(state, state.recipe.bench).items():
             state.measured.setdefault(place, Measured()).rounds = rounds
 
 
-def _latency(state: _Run, spec: BenchSpec) -> dict[Place, list[Times]]:
+def _to_run(state: RunState) -> dict[Place, Artifact]:
+    """Return the engines that can be run and have not failed."""
+    left_out = (*state.faults, *state.skips)
+    return {place: built for place, built in state.engines.items() if place not in left_out}
+
+
+def _latency(state: RunState, spec: BenchSpec) -> dict[Place, list[Times]]:
     """Measure every engine that works; one that fails is taken out and the others start again."""
     while True:
-        working = _working(state)
+        working = _to_run(state)
         if not working:
             return {}
         try:
-            engines = [(_engine(place, built), built) for place, built in working.items()]
+            engines = [(engine_of(place, built), built) for place, built in working.items()]
             times = bench(state.shop, engines, spec)
         except OutOfResources:
             raise
@@ -364,10 +346,6 @@ def _latency(state: _Run, spec: BenchSpec) -> dict[Place, list[Times]]:
             state.faults[failed[0]] = error
         else:
             return {place: times[place.key] for place in working}
-
-
-def _working(state: _Run) -> dict[Place, Artifact]:
-    return {place: built for place, built in state.engines.items() if place not in state.faults}
 
 
 Key = TypeVar("Key")
@@ -382,66 +360,3 @@ def _fault_noted(faults: dict[Key, EdgexError], key: Key) -> Iterator[None]:
         raise
     except EdgexError as error:
         faults[key] = error
-
-
-def _engine(place: Place, built: Artifact) -> Engine:
-    record = build_record(built)
-    return Engine(place.key, place.runtime, built.file(record.engine), place.batch, place.threads)
-
-
-# --- what is left behind --------------------------------------------------------------------------
-
-
-def _findings(state: _Run, *, judged: bool) -> Findings:
-    return Findings(
-        recipe=state.recipe,
-        machine=state.shop.machine,
-        device=state.shop.device.name,
-        card=state.card,
-        labelled=state.labelled,
-        evaluation=state.evaluation,
-        calibration=state.calibration,
-        plan=None if state.quantized is None else state.quantized.file("plan.json"),
-        parity=state.parity,
-        parity_from=state.parity_from,
-        parity_faults={key: str(error) for key, error in state.parity_faults.items()},
-        places=state.places,
-        exports=state.exports,
-        engines=state.engines,
-        measured=state.measured,
-        faults={place: str(error) for place, error in state.faults.items()},
-        stages=tuple(state.shop.done),
-        sensitivity=None
-        if state.sensitivity is None
-        else state.sensitivity.file("sensitivity.json"),
-        judged=judged,
-    )
-
-
-def _publish(out: Path, state: _Run, report: Report) -> None:
-    """Link results by name from the output folder, and write the recipe and the report."""
-    links = {"model.safetensors": state.model.file("model.safetensors")}
-    if state.quantized is not None:
-        for name in ("plan.json", "calibration.json"):
-            links[name] = state.quantized.file(name)
-    if state.sensitivity is not None:
-        links["sensitivity.json"] = state.sensitivity.file("sensitivity.json")
-    links |= {f"onnx/{form.name}.onnx": a.file("model.onnx") for form, a in state.exports.items()}
-    links |= {
-        f"onnx/{form.name}.on-{runtime or 'nothing'}.parity.json": artifact.file("parity.json")
-        for (form, runtime), artifact in state.parity.items()
-    }
-    for place, row in zip(state.places, report.rows, strict=True):
-        if place not in state.engines or place in state.faults:
-            continue
-        built = state.engines[place]
-        engine = _engine(place, built)
-        for name in (place.key, place.fastest_key) if row.fastest else (place.key,):
-            links[f"engines/{name}{engine.path.suffix}"] = engine.path
-            links[f"engines/{name}.build.json"] = built.file("build.json")
-    texts = {
-        "recipe.yaml": dump_recipe(state.recipe),
-        "report.json": report.model_dump_json(indent=1) + "\n",
-        "report.md": to_markdown(report),
-    }
-    fill_output(out, state.shop.store, links, texts)

@@ -13,7 +13,7 @@ from edgexception.errors import UsageError
 from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
-from edgexception.targets import is_int8
+from edgexception.targets import is_int8, load_dialects, load_targets
 from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -141,7 +141,7 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
         sections["quantize"] = _set(
             {
                 "method": "ptq",
-                "activations": flags.activations,
+                "activations": flags.activations or _activations_needed(flags),
                 "ranges": flags.ranges,
                 "weight_bits": _bits(flags.weight_bits),
             }
@@ -168,6 +168,17 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
         if bench or batches:
             sections["bench"] = _set({"batch_sizes": batches})
     return sections
+
+
+def _activations_needed(flags: Flags) -> str | None:
+    """Return the activations of the dialects asked for where they have one kind alone."""
+    target = load_targets().get(flags.target or "")
+    rows = target.runtimes.items() if target else ()
+    names = [row.dialect for name, row in rows if not flags.runtime or name in flags.runtime]
+    dialects = load_dialects()
+    kinds = {dialects[name].activations for name in (*names, *flags.dialect) if name in dialects}
+    single = {kind[0] for kind in kinds if len(kind) == 1}
+    return single.pop() if len(single) == 1 else None
 
 
 def _set(section: dict[str, Any]) -> dict[str, Any]:

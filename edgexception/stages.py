@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgexception.ability import Reader
 from edgexception.artifacts import Artifact, sha256_file
 from edgexception.bench.protocol import Engine, build_engine, run_images
 from edgexception.calibration import write_calibration_manifest
@@ -315,15 +316,16 @@ def verify(
     exported: Artifact,
     images: Artifact,
     form: Form,
-    runtime: str | None,
+    reader: Reader,
     batch: int,
 ) -> Artifact:
     """Compare torch, its quantized simulation and a runtime on images: `parity.json`.
 
-    `images` is a `reference` artifact, `batch` a size that the exported graph takes; where no
-    runtime here reads the dialect, only the simulation is compared. Raises BadArtifact when the
-    exported float network does not compute what torch computes.
+    `images` is a `reference` artifact, `batch` a size that the exported graph takes; where the
+    reader does not run here, only the simulation is compared. Raises BadArtifact when the exported
+    float network does not compute what torch computes.
     """
+    runtime = reader.runtime
 
     def write(folder: Path) -> None:
         from edgexception.quantize.dialects import DIALECTS
@@ -342,8 +344,8 @@ def verify(
             )
             expected = _torch_logits(shop, simulated, images.file("images.npy"))
             rows["simulated_vs_float"] = compare(floats, expected)
-        if runtime is None:
-            rows["skipped"] = "no runtime on this machine reads it"
+        if runtime is None or reader.not_run is not None:
+            rows["skipped"] = reader.not_run
         else:
             with shop.store.scratch() as work:
                 pixels = images.file("images.npy")
@@ -361,10 +363,11 @@ def verify(
         "images": images.digest,
         "form": form.name,
         "batch": batch,
+        "not_run": reader.not_run,
         "machine": None if runtime is None else shop.identity(runtime),
         "versions": versions("torch"),
     }
-    what = f"{form.name} on {runtime}" if runtime else f"{form.name}, simulated only"
+    what = f"{form.name}, simulated only" if reader.not_run else f"{form.name} on {runtime}"
     return shop.once("verify", what, inputs, write)
 
 
@@ -382,6 +385,8 @@ def _executed(
 ) -> NDArray[np.float32]:
     threads = shop.machine.cpu.usable_cores
     model, built = exported.file("model.onnx"), work / "engine"
-    record = build_engine(runtime, model, batch, threads, shop.device, built, shop.progress)
+    gpus = shop.machine.runtimes[runtime].gpus
+    sm = gpus[0].sm if gpus else None
+    record = build_engine(runtime, model, batch, threads, shop.device, built, shop.progress, sm)
     engine = Engine("parity", runtime, built / record["engine"], batch, threads)
     return run_images(engine, images, shop.device, work / "run", shop.progress)

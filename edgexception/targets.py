@@ -110,6 +110,12 @@ class Target(Row):
     verified_on: str | None
     """The hardware that this row has been run on; None is never."""
 
+    @property
+    def sm(self) -> int | None:
+        """Compute capability times 10 of its NVIDIA GPU; None without one."""
+        fact = self.facts.get("sm")
+        return None if fact is None or fact.value is None else int(fact.value)
+
 
 class _Table(Row):
     dialects: dict[str, Dialect]
@@ -131,6 +137,11 @@ def _table() -> _Table:
                     f"dialect {quoted(row.dialect)}; {closest(row.dialect, table.dialects)}"
                 )
     return table
+
+
+def extra_of(runtime: str) -> str:
+    """Return the extra of this package that brings a runtime."""
+    return {"tensorrt-rtx": "rtx"}.get(runtime, runtime)
 
 
 def load_targets() -> dict[str, Target]:

@@ -67,6 +67,7 @@ class Workshop:
             "flags": list(self.machine.cpu.flags),
             "runtime": runtime,
             "version": self.machine.runtimes[runtime].version,
+            "gpus": [gpu.model_dump() for gpu in self.machine.runtimes[runtime].gpus],
         }
 
 

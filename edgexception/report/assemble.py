@@ -41,7 +41,7 @@ from edgexception.report.record import (
     StageLine,
     Types,
 )
-from edgexception.targets import Form, Precision, form_of
+from edgexception.targets import Form, Precision, find_target, form_of
 
 SQNR_FLOOR_DB = -200.0
 """What stands for minus infinity: the float network's logits are all zero, and others are not."""
@@ -67,6 +67,11 @@ class Place:
     def fastest_key(self) -> str:
         """The name that the fastest runtime's engine has, too."""
         return f"{self.target}-fastest-{self.precision}-b{self.batch}"
+
+    @property
+    def sm(self) -> int | None:
+        """Compute capability times 10 of the NVIDIA GPU that it is built for."""
+        return find_target(self.target).sm
 
     @property
     def form(self) -> Form:
@@ -104,6 +109,8 @@ class Findings:
     engines: Mapping[Place, Artifact]
     measured: Mapping[Place, Measured]
     faults: Mapping[Place, str]
+    skips: Mapping[Place, str]
+    """Of engines that are not run, because this machine cannot."""
     stages: tuple[StageLine, ...]
     sensitivity: Path | None
     judged: bool
@@ -231,6 +238,8 @@ def _row(found: Findings, place: Place) -> Row:
         facts["status"] = "measured"
     if fault is not None:
         facts |= {"status": "failed", "reason": fault}
+    elif place in found.skips:
+        facts |= {"status": "skipped", "reason": found.skips[place]}
     else:
         facts |= _quality(found, place, measured) | _speed(found, place, measured)
     return Row(

@@ -1,4 +1,4 @@
-"""Both runtimes, really built and run, through the device as every stage uses them."""
+"""The runtimes of processors, really built and run, through the device as every stage uses them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import onnx
 import pytest
 from tiny_engine import CLASSES, SIDE, tiny_images, tiny_logits, tiny_model
 
-from edgexception.agent.runtimes import ENGINE_FILES
 from edgexception.device import BuildRecord, RunRecord, local_device
 from edgexception.errors import BadArtifact, UsageError
 
-RUNTIMES = tuple(ENGINE_FILES)
+RUNTIMES = ("onnxruntime", "openvino")
 SHORT = {"warmup_ms": 5, "duration_ms": 20, "min_iterations": 12}
 
 

@@ -49,11 +49,14 @@ def inspection(kernels: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def counts(kernels: list[dict[str, Any]]) -> dict[str, int]:
-    """Count kernels as "kind Read to Written", by the types of the first tensors."""
-    found = Counter(
-        f"{kernel['kind']} {kernel['read'][0]['type']} to {kernel['written'][0]['type']}"
-        for kernel in kernels
-    )
+    """Count kernels as "kind Read to Written", by the types of the first tensors.
+
+    A kernel that reads nothing computes from constants, at each call.
+    """
+    found: Counter[str] = Counter()
+    for kernel in kernels:
+        first = (kernel["read"] or kernel["constant"])[0]
+        found[f"{kernel['kind']} {first['type']} to {kernel['written'][0]['type']}"] += 1
     return dict(sorted(found.items()))
 
 
@@ -63,7 +66,7 @@ def _kernel(line: str) -> dict[str, Any] | None:
         return None
     kind, *parts, metadata = found.groups()
     read, constant, written = map(_tensors, parts)
-    if not read or not written or constant is None:
+    if read is None or constant is None or not written or not read + constant:
         return None
     layers = list(dict.fromkeys(_LAYER.findall(metadata)))
     return {"kind": kind, "layers": layers, "read": read, "constant": constant, "written": written}

@@ -179,6 +179,4 @@ def _check_engine(
         kind = engine.get_tensor_dtype(name)
         end = (name, _TYPES.get(kind, str(kind)), tuple(engine.get_tensor_shape(name)))
         ends[engine.get_tensor_mode(name)].append(end)
-    return check_contract(
-        ends[trt.TensorIOMode.INPUT], ends[trt.TensorIOMode.OUTPUT], options
-    )
+    return check_contract(ends[trt.TensorIOMode.INPUT], ends[trt.TensorIOMode.OUTPUT], options)

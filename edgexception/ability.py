@@ -1,0 +1,45 @@
+"""What this machine can do with a runtime of a target, and why not: build engines, run them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgexception.device import ProbeRecord
+from edgexception.targets import find_target
+
+
+class Reader(NamedTuple):
+    """What a graph is compared on."""
+
+    runtime: str | None
+    """None where nothing reads it."""
+    not_run: str | None
+    """Why it is not run here; None where it is."""
+
+
+def why_not_built(target: str, runtime: str, machine: ProbeRecord) -> str | None:
+    """Return why a runtime cannot build for a target here; None where it can."""
+    arch = find_target(target).arch
+    if arch != machine.arch:
+        return f"the target is {arch}, this machine {machine.arch}"
+    facts = machine.runtimes.get(runtime)
+    return "this version has no adapter for it" if facts is None else facts.missing
+
+
+def why_not_run(target: str, runtime: str, machine: ProbeRecord) -> str | None:
+    """Return why engines of a target cannot run here; None where they can."""
+    reason, sm = why_not_built(target, runtime, machine), find_target(target).sm
+    if reason or sm is None:
+        return reason
+    gpus = machine.runtimes[runtime].gpus
+    if not gpus:
+        return "no NVIDIA GPU here"
+    if gpus[0].sm != sm:
+        return f"the GPU here is {gpus[0].name} (SM{gpus[0].sm}), the target SM{sm}"
+    return None
+
+
+def why_not_measured(target: str, runtime: str, machine: ProbeRecord) -> str | None:
+    """Return what a report says of an engine that is built here and not run; None where it is."""
+    reason = why_not_run(target, runtime, machine)
+    return reason and f"{reason}: built, not run on hardware"
