@@ -14,6 +14,7 @@ from edgexception.ability import why_not_built, why_not_measured, why_not_run
 from edgexception.device import GpuFacts, ProbeRecord
 from edgexception.doctor import probe
 from edgexception.report.record import Report, Row
+from edgexception.targets import find_runtime
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
@@ -86,15 +87,17 @@ def test_build_engine_builds_every_precision(
 ) -> None:
     without_gpu(monkeypatch, machine)
     names = ("fp32", "fp16", "int8", "int8-fp16")
-    targets = [rtx("rtx-4090", *names), rtx("rtx-20", "fp16", "int8-fp16")]
+    targets = [rtx("rtx-4090", *names), rtx("rtx-20", "fp16")]
     done, report = run("build-engine", world, tmp_path / "out", targets=targets)
     assert done.code == 0, done.err
     assert report is not None
     assert [(row.target, row.precision) for row in report.rows] == [
-        *(("rtx-4090", name) for name in names), ("rtx-20", "fp16"), ("rtx-20", "int8-fp16"),
+        *(("rtx-4090", name) for name in names), ("rtx-20", "fp16"),
     ]  # fmt: skip
     for row in report.rows:
         assert row.status == "built"
+        assert row.executed is not None
+        assert row.executed.shares == {row.precision.removesuffix("-fp16"): 1.0}
         assert row.latency is row.top1 is row.fidelity is None
         name = f"{row.target}-tensorrt-rtx-{row.precision}-b1"
         assert (tmp_path / f"out/engines/{name}.rtx").stat().st_size == row.engine_bytes
@@ -148,23 +151,26 @@ def test_what_cannot_be_built_is_refused_before_anything_starts(
     assert report is None
 
 
-def test_a_layer_that_turing_lacks_is_named_by_the_linter(
+def test_what_turing_lacks_is_named_by_layer(
     world: Path, tmp_path: Path, machine: ProbeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head in float32, by the recipe's own wish: only the graph tells."""
+    """Were these precisions in its row: the linter sees one fault, the kernels tell the other."""
     without_gpu(monkeypatch, machine)
-    quantize = {
-        "method": "ptq", "activations": "symmetric", "ranges": "minmax", "equalization": False,
-        "bias_correction": False, "rounding": "nearest", "precision": {"fp32": ["predictions"]},
-    }  # fmt: skip
-    done, report = run(
-        "build-engine", world, tmp_path / "out", targets=[rtx("rtx-20")], quantize=quantize
-    )
+    row = find_runtime("rtx-20", "tensorrt-rtx")
+    object.__setattr__(row, "precisions", ("fp32", "int8-fp16"))
+    try:
+        done, report = run(
+            "build-engine", world, tmp_path / "out", targets=[rtx("rtx-20", "fp32", "int8-fp16")]
+        )
+    finally:
+        object.__setattr__(row, "precisions", ("fp16",))
     assert done.code == 4
-    assert "layer predictions (Gemm): is a float32 matrix product, which SM75 does not" in done.err
     assert report is not None
-    (row,) = report.rows
-    assert row.status == "failed"
+    assert [row.status for row in report.rows] == ["failed", "failed"]
+    single, int8 = (row.reason or "" for row in report.rows)
+    assert "layer predictions (Gemm): is a float32 matrix product, which SM75 does not" in single
+    assert "is not what its name says" in int8
+    assert "(planned int8, runs in fp16, correlation Half to Half)" in int8
 
 
 def test_the_short_form_needs_no_word_of_activations(world: Path, tmp_path: Path) -> None:

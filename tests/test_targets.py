@@ -48,7 +48,7 @@ def test_rows_of_gpus() -> None:
         assert target.verified_on is None, "none has been run on"
         (row,) = target.runtimes.values()
         assert row.dialect == "tensorrt"
-        assert ("fp32" in row.precisions) == (target.sm != 75), name
+        assert (row.precisions == ("fp16",)) == (target.sm == 75), name
     assert find_target("cpu-x86").sm is None
 
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from edgexception.agent.placement import Ran, placement
+
 START = "Layers:\n"
+GENERATED = "kgen"
+"""The kind of kernels that are generated for nodes, mostly those between layers."""
 _WIDTHS = {"Bool": 1, "Int8": 1, "UInt8": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4}
+_PRECISIONS = {"Int8": "int8", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32"}
 _KERNEL = re.compile(
     r"Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[(.*?)\], "
     r"TacticName: .*?, StreamId: \d+, Metadata: (.*)"
@@ -53,11 +60,44 @@ def counts(kernels: list[dict[str, Any]]) -> dict[str, int]:
 
     A kernel that reads nothing computes from constants, at each call.
     """
-    found: Counter[str] = Counter()
-    for kernel in kernels:
-        first = (kernel["read"] or kernel["constant"])[0]
-        found[f"{kernel['kind']} {first['type']} to {kernel['written'][0]['type']}"] += 1
+    return dict(sorted(Counter(map(_name, kernels)).items()))
+
+
+def conversions(kernels: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the generated kernels between layers that read one type and write another."""
+    found = Counter(
+        _types(kernel)
+        for kernel in kernels
+        if kernel["kind"] == GENERATED and len(set(_types(kernel).split(" to "))) > 1
+    )
     return dict(sorted(found.items()))
+
+
+def _types(kernel: dict[str, Any]) -> str:
+    first = (kernel["read"] or kernel["constant"])[0]["type"]
+    return f"{first} to {kernel['written'][0]['type']}"
+
+
+def _name(kernel: dict[str, Any]) -> str:
+    return f"{kernel['kind']} {_types(kernel)}"
+
+
+def layer_placement(model: Path, kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every layer of an ONNX file with the type that its kernel reads.
+
+    What was generated mostly reads a layer's result, for its ReLU or the next layer's grid; it
+    computes the layer itself where no other kernel does.
+    """
+    proper = placement(model, _ran(kernels, generated=False))
+    rest = placement(model, _ran(kernels, generated=True))
+    return [a if a["kernel"] else b for a, b in zip(proper, rest, strict=True)]
+
+
+def _ran(kernels: list[dict[str, Any]], *, generated: bool) -> Iterator[Ran]:
+    for kernel in kernels:
+        if (kernel["kind"] == GENERATED) == generated:
+            read = (kernel["read"] or kernel["constant"])[0]["type"]
+            yield Ran(tuple(kernel["layers"]), _PRECISIONS.get(read), _name(kernel))
 
 
 def _kernel(line: str) -> dict[str, Any] | None:

@@ -24,7 +24,14 @@ from edgexception.agent.onnx_file import operators
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, brief, check_contract
 from edgexception.agent.runtimes.cuda import Memory, first_gpu, gpus
-from edgexception.agent.runtimes.rtx_layers import START, counts, inspection, read_kernels
+from edgexception.agent.runtimes.rtx_layers import (
+    START,
+    conversions,
+    counts,
+    inspection,
+    layer_placement,
+    read_kernels,
+)
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _TYPES = {trt.uint8: "uint8", trt.float32: "float32"}
@@ -97,9 +104,11 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
             "builder_optimization_level": config.builder_optimization_level,
             "tf32": config.get_flag(trt.BuilderFlag.TF32),
         },
-        "layers": {} if kernels is None else counts(kernels),
+        "layers": counts(kernels or []),
+        "placement": layer_placement(model, kernels or []),
+        "conversions": conversions(kernels or []),
         "weights_bytes": log.weights_bytes,
-        "inspection": None if kernels is None else inspection(kernels),
+        "inspection": inspection(kernels) if kernels else None,
     }
 
 
