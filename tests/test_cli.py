@@ -234,8 +234,16 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "targets[0].precisions: asks for int8, but nothing is quantized",
     ),
     "asymmetric for TensorRT": (
-        ["export", "net.safetensors", "--calibration", "photos", "--dialect", "tensorrt",
-         "--activations", "asymmetric"],
+        [
+            "export",
+            "net.safetensors",
+            "--calibration",
+            "photos",
+            "--dialect",
+            "tensorrt",
+            "--activations",
+            "asymmetric",
+        ],
         "export.dialects[0]: tensorrt cannot express asymmetric activations",
     ),
     "batches that are none": (
