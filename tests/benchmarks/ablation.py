@@ -33,7 +33,15 @@ from edgexception.recipe import PtqSpec
 from edgexception.recipe_file import load_recipe
 
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("extremes", {"ranges": "minmax", "equalization": False, "bias_correction": False}),
+    (
+        "extremes",
+        {
+            "ranges": "minmax",
+            "equalization": False,
+            "bias_correction": False,
+            "rounding": "nearest",
+        },
+    ),
     ("least squared error", {"ranges": "mse"}),
     ("ranges by measured effect", {"ranges": "auto"}),
     ("+ equalization", {"equalization": True}),

@@ -13,8 +13,8 @@ b. as executed by ONNX Runtime and OpenVINO on this processor, with uint8 activa
    has them, and with latency at batch 1: engines take turns, round by round.
 
 `--images` takes the first N evaluation images only, `--input-size` another size of the network's
-input than the recipe's, `--also` takes the `quantize` section of one
-more recipe (QAT beside PTQ). ModelOpt is installed into build/modelopt when it is not there.
+input than the recipe's, `--also` puts the `quantize` section of one more recipe into table a (QAT
+beside PTQ). ModelOpt is installed into build/modelopt when it is not there.
 """
 
 from __future__ import annotations
@@ -194,6 +194,8 @@ def compare(recipe: Recipe, arguments: argparse.Namespace, folder: Path) -> None
         report, onnx = exported(recipe, spec, out, "symmetric")
         source = (onnx / "fp32.onnx").resolve()
         plans[name] = (onnx / "int8-tensorrt.onnx").resolve()
+        if spec is not recipe.quantize:
+            continue
         report, onnx = exported(recipe, spec, out, "asymmetric")
         for runtime in ("onnxruntime", "openvino"):
             executed[name, runtime] = (onnx / f"int8-{runtime}.onnx").resolve()
