@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,7 @@ from edgexception.report.record import (
     Estimate,
     Exceptions,
     Fidelity,
+    Gain,
     Latency,
     Machine,
     Paired,
@@ -41,7 +42,7 @@ from edgexception.report.record import (
     StageLine,
     Types,
 )
-from edgexception.targets import Form, Precision, find_target, form_of
+from edgexception.targets import Form, Precision, find_target, form_of, is_int8
 
 SQNR_FLOOR_DB = -200.0
 """What stands for minus infinity: the float network's logits are all zero, and others are not."""
@@ -299,7 +300,25 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
     slow = found.measured.get(replace(place, precision="fp32"), Measured()).rounds
     if slow is not None and place.precision != "fp32":
         facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow, measured.rounds))
+    if is_int8(place.precision):
+        facts["gain"] = _gain(found, place, measured.rounds)
     return facts
+
+
+def _gain(found: Findings, place: Place, rounds: Sequence[Times]) -> Gain | None:
+    """Compare an INT8 engine with the fastest float engine of its place; None where none is."""
+    floats = {
+        other: times.rounds
+        for other, times in found.measured.items()
+        if times.rounds is not None
+        and not is_int8(other.precision)
+        and other == replace(place, precision=other.precision)
+    }
+    if not floats:
+        return None
+    best = min(floats, key=lambda other: LatencySummary.of(floats[other]).median_ms)
+    ratio = Estimate.model_validate(ratio_of_medians(floats[best], rounds))
+    return Gain(over=best.precision, ratio=ratio)
 
 
 def compare(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, Any]:

@@ -47,6 +47,20 @@ class Latency(Record):
     noisy: bool
 
 
+class Gain(Record):
+    """What an INT8 engine gains in latency over the fastest float engine of its place."""
+
+    over: str
+    """The precision of that engine: same target, runtime and batch size."""
+    ratio: Estimate
+    """Its latency / INT8's."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether INT8 is faster: all of the interval is above 1."""
+        return self.ratio.low > 1.0
+
+
 class Fidelity(Record):
     """Logits against other logits of the same images.
 
@@ -115,6 +129,8 @@ class Row(Record):
     speedup: Estimate | None = None
     """FP32 latency / latency, same runtime and batch size: the geometric mean over the rounds of
     the ratio of the medians in that round."""
+    gain: Gain | None = None
+    """Of an INT8 engine that was measured beside a float one."""
     top1: Share | None = None
     top5: Share | None = None
     paired: Paired | None = None

@@ -17,6 +17,7 @@ from edgexception.report.record import (
     Paired,
     Parity,
     Report,
+    Row,
     Sensitivity,
     Share,
     UnitSensitivity,
@@ -53,6 +54,7 @@ def to_text(report: Report) -> str:
         ]
         facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
         lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
+    lines += regret_lines(report.rows)
     for row in report.rows:
         if row.executed is not None and row.precision != "fp32":
             lines.append(f"{row_name(row):<36}{executed_line(row.executed)}")
@@ -157,8 +159,19 @@ def to_markdown(report: Report) -> str:
         shade=_shade,
         exception_lines=_exception_lines,
         executed_line=executed_line,
+        regret_lines=regret_lines,
     )
     return environment.get_template("report.md.j2").render(report=report)
+
+
+def regret_lines(rows: Sequence[Row]) -> list[str]:
+    """Say of every INT8 engine that is not surely faster than a float one that it is not."""
+    return [
+        f"INT8 is not worth it on {row_name(row)}: {_estimate(row.gain.ratio)} as fast as "
+        f"{row.gain.over}, which is nearer to the network"
+        for row in rows
+        if row.gain is not None and not row.gain.sure
+    ]
 
 
 def executed_line(found: Executed) -> str:

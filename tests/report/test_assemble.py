@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 from test_gates import row
 
-from edgexception.report.assemble import mark_fastest
-from edgexception.report.record import Latency, Row
+from edgexception.bench.statistics import Times
+from edgexception.report.assemble import Measured, Place, _gain, mark_fastest
+from edgexception.report.record import Estimate, Gain, Latency, Row
+from edgexception.report.render import regret_lines
+from edgexception.targets import Precision
 
 
 def timed(milliseconds: float, **changes: object) -> Row:
@@ -41,3 +48,61 @@ def test_without_a_choice_nothing_wins() -> None:
     assert winners(timed(4.0)) == []
     assert winners(timed(4.0, target="cpu-x86"), timed(3.0, target="another")) == []
     assert winners(timed(4.0), row(runtime="other", status="failed", latency=None)) == []
+
+
+# --- is INT8 worth it -----------------------------------------------------------------------------
+
+
+def rounds_of(milliseconds: float, spread: float = 0.01, rounds: int = 4) -> list[Times]:
+    random = np.random.default_rng(int(milliseconds * 1000))
+    levels = 1 + spread * np.linspace(-1, 1, rounds)
+    return [
+        (1e6 * milliseconds * level * random.uniform(0.999, 1.001, 50)).astype(np.int64)
+        for level in levels
+    ]
+
+
+def place(precision: Precision, **changes: Any) -> Place:
+    fields = {"target": "t", "runtime": "r", "dialect": "d", "batch": 1, "threads": 2}
+    return Place(precision=precision, **fields | changes)
+
+
+def gain(int8: list[Times], **floats: list[Times]) -> Gain | None:
+    """Return the gain of an INT8 engine beside float engines of these precisions."""
+    measured = {place(name): Measured(rounds=times) for name, times in floats.items()}  # type: ignore[arg-type]
+    # Neither another batch nor another runtime counts.
+    measured[place("fp32", batch=8)] = Measured(rounds=rounds_of(0.1))
+    measured[place("fp32", runtime="other")] = Measured(rounds=rounds_of(0.1))
+    measured[place("int8-fp16")] = Measured(rounds=rounds_of(0.1))
+    found = SimpleNamespace(measured=measured)
+    return _gain(found, place("int8"), int8)  # type: ignore[arg-type]
+
+
+def test_int8_is_compared_with_the_fastest_float_engine_of_its_place() -> None:
+    found = gain(rounds_of(2.0), fp32=rounds_of(6.0), fp16=rounds_of(3.0))
+    assert found is not None
+    assert (found.over, found.sure) == ("fp16", True)
+    assert abs(found.ratio.value - 1.5) < 0.01
+    assert gain(rounds_of(2.0)) is None
+
+
+def test_a_gain_is_sure_only_where_its_whole_interval_is_above_one() -> None:
+    slower = gain(rounds_of(4.0), fp16=rounds_of(3.0))
+    assert slower is not None
+    assert not slower.sure
+    # Faster by 5% in the mean, but not in every round: the rounds of one lie 40% apart.
+    doubtful = gain(rounds_of(2.0, spread=0.2), fp32=rounds_of(2.1))
+    assert doubtful is not None
+    assert doubtful.ratio.value > 1 > doubtful.ratio.low
+    assert not doubtful.sure
+
+
+def test_the_page_says_plainly_that_int8_is_not_worth_it() -> None:
+    over = Gain(over="fp16", ratio=Estimate(value=1.01, low=0.97, high=1.05))
+    (line,) = regret_lines([row("fp32"), row(gain=over)])
+    assert line == (
+        "INT8 is not worth it on cpu-x86 openvino int8 b1: 1.01x (0.97 to 1.05) as fast as fp16, "
+        "which is nearer to the network"
+    )
+    sure = Gain(over="fp16", ratio=Estimate(value=1.1, low=1.01, high=1.2))
+    assert regret_lines([row(gain=sure), row()]) == []
