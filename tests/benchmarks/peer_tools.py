@@ -39,7 +39,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from openvino import opset13 as ops
 
 from edgexception.agent.runtimes import Options
-from edgexception.agent.runtimes.openvino import _layers, _properties
+from edgexception.agent.runtimes.openvino import _properties
 from edgexception.imageset import ImageSet
 
 os.environ["NNCF_CI"] = "1"  # no telemetry
@@ -188,8 +188,9 @@ def logits_in_float(graph: Path, images: NDArray[np.uint8], threads: int) -> NDA
         compiled = openvino.Core().compile_model(
             in_elementary_operators(graph), "CPU", _properties(Options(BATCH, threads))
         )
-        layers = [layer.split() for layer in _layers(compiled)]
-        wrong = {kind: how for kind, how in layers if kind in COMPUTING and how != "f32"}
+        wrong = {
+            kind: how for kind, how in _executed(compiled) if kind in COMPUTING and how != "f32"
+        }
         if wrong:
             raise RuntimeError(f"{graph}: executes {wrong}, not float32")
         return np.concatenate([next(iter(compiled([batch]).values())) for batch in batches])
@@ -199,6 +200,13 @@ def logits_in_float(graph: Path, images: NDArray[np.uint8], threads: int) -> NDA
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], {"images": batch})[0] for batch in batches])
+
+
+def _executed(compiled: openvino.CompiledModel) -> Iterator[tuple[str, str]]:
+    """Yield kind and precision of every layer of a compiled model."""
+    for node in compiled.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        yield facts["layerType"].astype(str), facts["runtimePrecision"].astype(str)
 
 
 def in_elementary_operators(graph: Path) -> openvino.Model:
