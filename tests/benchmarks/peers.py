@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,8 @@ def compare(recipe: Recipe, arguments: argparse.Namespace, folder: Path) -> None
         report, onnx = exported(recipe, spec, out, "asymmetric")
         for runtime in ("onnxruntime", "openvino"):
             executed[name, runtime] = (onnx / f"int8-{runtime}.onnx").resolve()
+    # A copy: nothing that another tool does to its input may reach the store.
+    source = shutil.copyfile(source, folder / "fp32.onnx")
     images = open_images(recipe, report, arguments.images, folder)
     machine = report.machine
     reason = "not asked for"
