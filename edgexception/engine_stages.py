@@ -39,7 +39,7 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
             shop.device,
             folder,
             shop.progress,
-            place.sm,
+            {"sm": place.sm, "tensorrt": place.tensorrt_options},
         )
         write_json(folder / "build.json", record)
 
@@ -49,6 +49,7 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
         "batch": place.batch,
         "threads": place.threads,
         "sm": place.sm,
+        "tensorrt": place.tensorrt_options,
         "machine": shop.identity(place.runtime),
     }
     return shop.once("build", place.key, inputs, write)
@@ -110,7 +111,8 @@ def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
             dialect = find_runtime(spec.target, runtime).dialect
             for precision in spec.precisions:
                 for batch in batches:
-                    yield Place(spec.target, runtime, dialect, precision, batch, threads)
+                    told = spec.tensorrt if runtime == "tensorrt" else None
+                    yield Place(spec.target, runtime, dialect, precision, batch, threads, told)
 
 
 def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:

@@ -283,6 +283,23 @@ class ExportSpec(Spec):
     """A fixed batch size; None leaves it open, and each engine fixes its own."""
 
 
+class TensorRtSpec(Spec):
+    """How TensorRT builds. What its version cannot do is refused with the version that can."""
+
+    workspace_mib: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
+    """Most scratch memory of a layer; None is what the device has."""
+    version_compatible: bool = False
+    """The engine opens in later versions of the same major version, too."""
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
+    """The GPUs that the engine opens on beside the one it is built on; may cost speed."""
+    sparse_weights: bool = False
+    """Use kernels for weights with 2 zeros in every 4."""
+    dla_core: Annotated[int, Field(ge=0, le=15)] | None = None
+    """Run on this core of the Deep Learning Accelerator."""
+    gpu_fallback: bool = False
+    """What the DLA cannot run goes to the GPU, and the build record names it."""
+
+
 class TargetSpec(Spec):
     """One device, and which of its runtimes and precisions to build and measure."""
 
@@ -292,6 +309,7 @@ class TargetSpec(Spec):
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the runtime; None is one per physical core the process may use."""
+    tensorrt: TensorRtSpec | None = None
 
     @property
     def runtime_names(self) -> tuple[str, ...]:

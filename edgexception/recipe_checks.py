@@ -256,6 +256,8 @@ def _targets_exist(recipe: Recipe) -> Iterator[Fault]:
         except UsageError as error:
             yield Fault((*path, "target"), str(error))
             continue
+        if spec.tensorrt and "tensorrt" not in spec.runtime_names:
+            yield Fault((*path, "tensorrt"), "has no effect without the runtime tensorrt")
         for position, runtime in _runtimes(spec):
             if runtime == "auto":
                 text = "auto is every runtime of the target; leave out the others, or it"

@@ -54,7 +54,14 @@ class RunState:
 def engine_of(place: Place, built: Artifact) -> Engine:
     """Return an engine as it is measured."""
     record = build_record(built)
-    return Engine(place.key, place.runtime, built.file(record.engine), place.batch, place.threads)
+    return Engine(
+        place.key,
+        place.runtime,
+        built.file(record.engine),
+        place.batch,
+        place.threads,
+        place.tensorrt_options,
+    )
 
 
 def findings(state: RunState, *, judged: bool) -> Findings:

@@ -387,6 +387,8 @@ def _executed(
     model, built = exported.file("model.onnx"), work / "engine"
     gpus = shop.machine.runtimes[runtime].gpus
     sm = gpus[0].sm if gpus else None
-    record = build_engine(runtime, model, batch, threads, shop.device, built, shop.progress, sm)
+    record = build_engine(
+        runtime, model, batch, threads, shop.device, built, shop.progress, {"sm": sm}
+    )
     engine = Engine("parity", runtime, built / record["engine"], batch, threads)
     return run_images(engine, images, shop.device, work / "run", shop.progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,39 @@ class TroubledDevice(LocalDevice):
             raise error
         record = super().call(verb, request, files, out, progress)
         return {**record, **self.facts} if verb == "probe" else record  # type: ignore[attr-defined]
+
+
+def stand_in_for_tensorrt(version: str, layers: str) -> ModuleType:
+    """A `tensorrt` package of a version, as far as it can be had here: TensorRT-RTX's.
+
+    Both are one API under two names, so parser, network, builder and its configuration are the real
+    ones of TensorRT-RTX. Two things are not: TensorRT-RTX is told a compute capability (TensorRT
+    builds for the GPU it runs on), and, since no GPU is here, what was built is not opened: the
+    engine's inspector answers the text `layers`, and its runtime the number of the DLA core.
+    """
+    import tensorrt_rtx_bindings as rtx  # noqa: PLC0415 - not every machine has it
+
+    module = ModuleType("tensorrt")
+    vars(module).update({name: value for name, value in vars(rtx).items() if name[0] != "_"})
+
+    class Builder(rtx.Builder):  # type: ignore[misc,name-defined]
+        num_DLA_cores = 2  # noqa: N815 - TensorRT's name
+
+        def create_builder_config(self) -> Any:
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+            module.config = config  # type: ignore[attr-defined]
+            return config
+
+    class Runtime:
+        def __init__(self, log: object) -> None:
+            module.runtime = self  # type: ignore[attr-defined]
+
+        def deserialize_cuda_engine(self, plan: Any) -> Any:
+            assert len(bytes(plan)) > 1000
+            inspector = SimpleNamespace(get_engine_information=lambda _: layers)
+            return SimpleNamespace(create_engine_inspector=lambda: inspector)
+
+    vars(module).update(__version__=version, Builder=Builder, Runtime=Runtime)
+    return module

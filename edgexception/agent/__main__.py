@@ -19,8 +19,8 @@ INTERRUPTED = 130
 # Per verb, the fields its request may have.
 FIELDS = {
     "probe": (),
-    "build": ("runtime", "model", "batch", "threads", "sm"),
-    "run": ("runtime", "engine", "batch", "threads", "images", "timing"),
+    "build": ("runtime", "model", "batch", "threads", "sm", "tensorrt"),
+    "run": ("runtime", "engine", "batch", "threads", "images", "timing", "tensorrt"),
 }
 
 

@@ -12,9 +12,10 @@ pages "Migrating trtexec Usage from TensorRT 10.x to 11.x" and "Working with DLA
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from edgexception.agent.protocol import AgentError
 
@@ -96,6 +97,34 @@ def parse_version(text: str) -> Version:
             "strongly typed from end to end, 11 the last known; install one of these",
         )
     return version
+
+
+_FIELDS: dict[str, Sequence[object]] = {
+    "precision": ("fp32", "fp16", "int8", "int8-fp16"),
+    "workspace_bytes": range(1, 1 << 50),
+    "version_compatible": (False, True),
+    "hardware_compatibility": ("none", *_LEVELS),
+    "sparse_weights": (False, True),
+    "dla_core": range(16),
+    "gpu_fallback": (False, True),
+}
+
+
+def read_options(fields: object) -> BuildOptions | None:
+    """Return the options that a request has, None for none; raise a usage AgentError for others."""
+    if fields is None:
+        return None
+    if not isinstance(fields, dict) or fields.get("precision") is None:
+        raise AgentError("usage", "request: tensorrt must be null or an object with a precision")
+    given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    for key, value in given.items():
+        allowed = _FIELDS.get(key, ())
+        # 1 equals True, and a range is asked for integers only.
+        if not any(type(value) is type(other) for other in allowed[:1]) or value not in allowed:
+            raise AgentError(
+                "usage", f"request: tensorrt has no {str(key)[:40]} {str(value)[:40]!r}"
+            )
+    return BuildOptions(**given)
 
 
 # --- what a version can -------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from edgexception.agent.placement import Ran
+from edgexception.agent.placement import Ran, placement
 from edgexception.agent.protocol import AgentError
 
 
@@ -111,6 +112,7 @@ _NAME_PARTS = re.compile(r" \+ | \|\| |,")
 # They run no layer of the network: "Reformatting CopyNode for Input Tensor 0 to block1_conv1" only
 # names the one that it works for.
 _HELPERS = ("Reformat", "NoOp", "Constant", "signal", "wait", "shape_call")
+_PROPER = re.compile("conv|depthwise|correlation|gemm|matri|fusion", re.I)
 
 
 def parse_layers(text: str) -> list[Layer]:
@@ -161,17 +163,29 @@ def _type(text: object) -> str | None:
     return next(found, None)
 
 
-def kernels(layers: Sequence[Layer]) -> list[Ran]:
-    """Return what ran the network's layers, for `placement`.
+def layer_placement(model: Path, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """Return every layer of an ONNX file with the precision that its kernel computes in.
 
     A kernel computes in INT8 when both its weights and what it reads are; where the two differ it
-    computes in the wider one. A layer of which nothing is known but its name has no precision.
+    computes in the wider one. A generated kernel mostly does what follows a layer; it counts only
+    for layers that no other kernel runs. An engine without details tells nothing.
     """
-    return [
-        Ran(layer.nodes, _precision(layer), f"{layer.kind} {layer.tactic}".strip())
-        for layer in layers
-        if layer.kind and layer.kind not in _HELPERS
-    ]
+    known = [layer for layer in layers if layer.kind and layer.kind not in _HELPERS]
+    proper = [layer for layer in known if _PROPER.search(layer.kind)]
+    rest = [layer for layer in known if not _PROPER.search(layer.kind)]
+    first, second = (
+        placement(model, map(_ran, found), by_followers=False) for found in (proper, rest)
+    )
+    return [a if a["kernel"] else b for a, b in zip(first, second, strict=True)]
+
+
+def _ran(layer: Layer) -> Ran:
+    return Ran(layer.nodes, _precision(layer), f"{layer.kind} {layer.tactic}".strip())
+
+
+def counts(layers: Sequence[Layer]) -> dict[str, int]:
+    """Count the layers as "kind precision"."""
+    return dict(sorted(Counter(f"{x.kind} {_precision(x)}" for x in layers if x.kind).items()))
 
 
 def _precision(layer: Layer) -> str | None:

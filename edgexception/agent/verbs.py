@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgexception.agent import machine, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
 from edgexception.agent.telemetry import Telemetry, memory_bytes
+from edgexception.agent.tensorrt_options import read_options
 
 MAX_BATCH = 4096
 MAX_THREADS = 1024
@@ -240,6 +241,7 @@ def _runtime(request: Request) -> tuple[str, runtimes.Options]:
         batch=request.integer("batch", 1, MAX_BATCH),
         threads=request.integer("threads", 1, MAX_THREADS),
         sm=None if request.fields.get("sm") is None else request.integer("sm", 10, 999),
+        tensorrt=read_options(request.fields.get("tensorrt")),
     )
     return name, options
 

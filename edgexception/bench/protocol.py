@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Engine:
     path: Path
     batch: int
     threads: int
+    tensorrt: dict[str, Any] | None = None
+    """What TensorRT was told when it was built."""
 
 
 def build_engine(
@@ -39,18 +41,18 @@ def build_engine(
     device: Device,
     out: Path,
     progress: Report | None = None,
-    sm: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Let the device build an engine of an ONNX file in the folder `out`; return its record.
 
-    `sm` is the compute capability times 10 of the NVIDIA GPU that it is for.
+    `more` is for NVIDIA GPUs: `sm`, compute capability times 10, and `tensorrt`, its options.
     """
     request = {
         "runtime": runtime,
         "model": "model.onnx",
         "batch": batch,
         "threads": threads,
-        "sm": sm,
+        **(more or {}),
     }
     return device.call("build", request, {"model.onnx": model}, out, progress)
 
@@ -148,6 +150,7 @@ def _run(
         "threads": engine.threads,
         "images": None if images is None else "images.npy",
         "timing": timing,
+        "tensorrt": engine.tensorrt,
     }
     record = device.call("run", request, files, out, progress)
     (out / "record.json").write_text(json.dumps(record), encoding="utf-8")

@@ -21,7 +21,7 @@ from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
 from edgexception.device import BuildRecord, ProbeRecord
 from edgexception.imageset import ImageSet
-from edgexception.recipe import Recipe
+from edgexception.recipe import Recipe, TensorRtSpec
 from edgexception.report.gates import judge
 from edgexception.report.network import Network
 from edgexception.report.record import (
@@ -58,6 +58,17 @@ class Place:
     precision: Precision
     batch: int
     threads: int
+    tensorrt: TensorRtSpec | None = None
+
+    @property
+    def tensorrt_options(self) -> dict[str, Any] | None:
+        """What TensorRT is told, as a request has it; None for other runtimes."""
+        if self.tensorrt is None:
+            return None
+        options = self.tensorrt.model_dump(exclude={"workspace_mib"})
+        size = self.tensorrt.workspace_mib
+        workspace = None if size is None else size << 20
+        return {**options, "workspace_bytes": workspace, "precision": self.precision}
 
     @property
     def key(self) -> str:

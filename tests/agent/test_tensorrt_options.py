@@ -20,6 +20,7 @@ from edgexception.agent.tensorrt_options import (
     check,
     measure_command,
     parse_version,
+    read_options,
 )
 
 VENDOR = json.loads(Path(__file__).with_name("tensorrt_vendor.json").read_text())
@@ -282,3 +283,31 @@ def test_any_text_is_a_version_or_refused(text: str) -> None:
         assert error.kind == "not-possible-here"  # noqa: PT017 - either end is right
     else:
         assert version[0] in (10, 11)
+
+
+# --- from a request -----------------------------------------------------------------------------
+
+
+def test_a_request_says_what_it_wants() -> None:
+    fields = {"precision": "fp16", "dla_core": 1, "gpu_fallback": True, "workspace_bytes": None}
+    assert read_options(fields) == BuildOptions("fp16", dla_core=1, gpu_fallback=True)
+    assert read_options(None) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        {},
+        {"precision": "int4"},
+        {"precision": "fp16", "dla_core": True},
+        {"precision": "fp16", "dla_core": 1.0},
+        {"precision": "fp16", "workspace_bytes": 0},
+        {"precision": "fp16", "sparse_weights": 1},
+        {"precision": "fp16", "shapes": [[1]]},
+        {"precision": "fp16", "hardware_compatibility": ["none"]},
+    ],
+)
+def test_a_request_for_anything_else_is_refused(fields: object) -> None:
+    with pytest.raises(AgentError, match="request: tensorrt"):
+        read_options(fields)

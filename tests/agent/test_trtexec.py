@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import tiny_model
 
-from edgexception.agent.placement import METADATA, placement
+from edgexception.agent.placement import METADATA
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.trtexec import (
     Layer,
     conversions,
-    kernels,
+    counts,
+    layer_placement,
     parse_layers,
     parse_log,
     parse_profile,
@@ -49,8 +50,13 @@ def test_recorded_layers_of_an_int8_mobilenet() -> None:
     assert conversions(layers) == {"quantize": 1, "reorder": 1}
     # One writes float32, and still computes in INT8.
     assert {layer.written for layer in layers if layer.weights} == {"int8", "fp32"}
-    ran = Counter(kernel.precision for kernel in kernels(layers))
-    assert ran == {"int8": 4, "fp16": 1}
+    assert counts(layers) == {
+        "CaskConvolution int8": 3,
+        "CudaDepthwiseConvolution int8": 1,
+        "Reformat fp16": 1,
+        "Reformat fp32": 1,
+        "TiledPooling fp16": 1,
+    }
 
 
 def test_recorded_profile_and_times() -> None:
@@ -113,6 +119,14 @@ CASES: dict[str, tuple[list[tuple[str, str, str, str | None, str]], str | None]]
         ],
         "int8",
     ),
+    "with what follows it generated": (
+        [
+            ("conv", "CaskConvolution", "Int8", "Int8", "conv"),
+            ("__myl_Relu", "kgen", "Half", None, "conv act"),
+        ],
+        "int8",
+    ),
+    "generated alone": ([("__myl_Conv", "kgen", "Half", None, "conv act")], "fp16"),
     "in a type that is not known": ([("conv", "CaskConvolution", "FP4", None, "")], None),
     "without details": ([], None),
 }
@@ -124,7 +138,7 @@ def test_what_ran_is_led_back_to_the_layer(case: str, version: int, tmp_path: Pa
     entries, executed = CASES[case]
     document = {"Layers": [layer(*entry, version) for entry in entries] or ["conv + act"]}
     found = parse_layers(json.dumps(document))
-    rows = placement(planned(tmp_path / "m.onnx"), kernels(found), by_followers=False)
+    rows = layer_placement(planned(tmp_path / "m.onnx"), found)
     assert [(row["name"], row["executed"]) for row in rows] == [("conv", executed), ("dense", None)]
 
 
@@ -146,7 +160,7 @@ def test_conversions_are_told_apart(read: str, written: str, what: str) -> None:
 def test_an_engine_without_details_has_names_only() -> None:
     found = parse_layers('{"Layers": ["a + b", "c"], "Bindings": ["images"]}')
     assert found == [Layer("a + b"), Layer("c")]
-    assert kernels(found) == []
+    assert counts(found) == {}
 
 
 # --- logs -----------------------------------------------------------------------------------------
@@ -212,7 +226,7 @@ def test_any_json_is_read_or_refused(content: Any) -> None:
         with contextlib.suppress(AgentError):  # any other error fails
             found = parse(json.dumps(content))
             if parse is parse_layers:
-                assert len(kernels(found)) <= len(found)
+                assert sum(counts(found).values()) <= len(found)
                 assert sum(conversions(found).values()) <= len(found)
 
 

@@ -19,22 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.agent.protocol import AgentError
+from edgexception.agent.tensorrt_options import BuildOptions
 
 MODULES = {
     "onnxruntime": "edgexception.agent.runtimes.ort",
     "openvino": "edgexception.agent.runtimes.openvino",
+    "tensorrt": "edgexception.agent.runtimes.tensorrt",
     "tensorrt-rtx": "edgexception.agent.runtimes.tensorrt_rtx",
 }
 
 ENGINE_FILES = {
     "onnxruntime": "engine.onnx",
     "openvino": "engine.blob",
+    "tensorrt": "engine.plan",
     "tensorrt-rtx": "engine.rtx",
 }
 
 PACKAGES = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
+    "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 
@@ -49,6 +53,8 @@ class Options:
     threads: int
     sm: int | None = None
     """Compute capability times 10 of the NVIDIA GPU to build for; None for other runtimes."""
+    tensorrt: BuildOptions | None = None
+    """What TensorRT is told; None is what it does by itself."""
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorrt_rtx_bindings as trt
-from numpy.typing import NDArray
 
 from edgexception.agent.onnx_file import operators
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import Options, Session, blaming, brief, check_contract
-from edgexception.agent.runtimes.cuda import Memory, first_gpu, gpus
+from edgexception.agent.runtimes import Options, Session, blaming, brief
+from edgexception.agent.runtimes.cuda import gpus
 from edgexception.agent.runtimes.rtx_layers import (
     START,
     conversions,
@@ -32,9 +30,9 @@ from edgexception.agent.runtimes.rtx_layers import (
     layer_placement,
     read_kernels,
 )
+from edgexception.agent.runtimes.trt_family import fix_batch, open_session
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
-_TYPES = {trt.uint8: "uint8", trt.float32: "float32"}
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]
@@ -80,7 +78,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         parser = trt.OnnxParser(network, log)
         if not parser.parse(model.read_bytes()):
             raise AgentError("bad-artifact", f"tensorrt-rtx cannot read {model.name}: {log.why()}")
-        _fix_batch(network, options)
+        fix_batch(trt, network, options)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         # Else float32 products are rounded to 10 bits of mantissa, and the row is not FP32.
@@ -114,31 +112,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
     """Open an engine on the first GPU; one that was built for another is refused by the library."""
-    gpu = first_gpu()
     log = _Log()
-    with blaming(f"tensorrt-rtx cannot open {engine.name} on {gpu['name']}"):
-        opened = trt.Runtime(log).deserialize_cuda_engine(engine.read_bytes())
-        if opened is None:
-            raise AgentError(
-                "bad-artifact",
-                f"tensorrt-rtx cannot open {engine.name} on {gpu['name']}: {log.why()}",
-            )
-        shape, classes = _check_engine(opened, options)
-        context = opened.create_execution_context()
-        logits = np.empty((shape[0], classes), np.float32)
-        memory = Memory(int(np.prod(shape)), logits.nbytes)
-        context.set_tensor_address("images", memory.input)
-        context.set_tensor_address("logits", memory.output)
-
-    # The engine must outlive its context.
-    def call(images: NDArray[np.uint8], _held: object = opened) -> NDArray[np.float32]:
-        memory.upload(images)
-        if not context.execute_async_v3(memory.stream):
-            raise AgentError("measurement-invalid", f"tensorrt-rtx did not run: {log.why()}")
-        memory.download(logits)
-        return logits
-
-    return Session(shape, classes, call, {"gpu": gpu["name"], "driver": gpu["driver"]})
+    return open_session(trt, trt.Runtime(log), engine, options, "tensorrt-rtx", log)
 
 
 def _capability(sm: int | None) -> trt.ComputeCapability:
@@ -157,35 +132,3 @@ def _capability(sm: int | None) -> trt.ComputeCapability:
             f"{', '.join(f'SM{each}' for each in sorted(able))}",
         )
     return able[sm]
-
-
-def _fix_batch(network: trt.INetworkDefinition, options: Options) -> None:
-    """Give the open batch dimension its size, and check the network's ends."""
-    for number in range(network.num_inputs):
-        tensor = network.get_input(number)
-        sizes = tuple(tensor.shape)
-        if sizes and sizes[0] == -1:
-            tensor.shape = (options.batch, *sizes[1:])
-    ends = [
-        [(end.name, _TYPES.get(end.dtype, str(end.dtype)), tuple(end.shape)) for end in side]
-        for side in (
-            [network.get_input(number) for number in range(network.num_inputs)],
-            [network.get_output(number) for number in range(network.num_outputs)],
-        )
-    ]
-    check_contract(ends[0], ends[1], options)
-
-
-def _check_engine(
-    engine: trt.ICudaEngine, options: Options
-) -> tuple[tuple[int, int, int, int], int]:
-    ends: dict[Any, list[tuple[str, str, tuple[int, ...]]]] = {
-        trt.TensorIOMode.INPUT: [],
-        trt.TensorIOMode.OUTPUT: [],
-    }
-    for number in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(number)
-        kind = engine.get_tensor_dtype(name)
-        end = (name, _TYPES.get(kind, str(kind)), tuple(engine.get_tensor_shape(name)))
-        ends[engine.get_tensor_mode(name)].append(end)
-    return check_contract(ends[trt.TensorIOMode.INPUT], ends[trt.TensorIOMode.OUTPUT], options)

@@ -1,0 +1,181 @@
+"""TensorRT's adapter on the stand-in of fakes.py: real builder, no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from fakes import stand_in_for_tensorrt
+from narrow import minmax_plan, preprocess_of, random_images, small_graph
+from tiny_engine import tiny_model
+
+from edgexception.agent.protocol import AgentError
+from edgexception.agent.runtimes import MODULES, Options, cuda, load
+from edgexception.agent.tensorrt_options import BuildOptions
+from edgexception.device import BuildRecord
+from edgexception.export.onnx_graph import to_onnx
+from edgexception.model.graph import layers
+from edgexception.quantize.dialects import DIALECTS
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+SIZE = (40, 40)
+GRAPH = small_graph()
+CONVOLUTIONS = [name for name, layer in layers(GRAPH).items() if layer.weight.ndim == 4]
+FLOAT = "block3_shortcut"
+ORIN = {"name": "Orin", "sm": 87, "memory_bytes": 1 << 35, "driver": "12.6"}
+VERSIONS = ("10.3.0", "10.7.0", "10.13.3.9", "10.16.1.11", "11.4.1.0")
+
+torch.set_num_threads(1)
+
+
+def layer_information(version: str) -> str:
+    """Every convolution in INT8 but one, in the words of the engine inspector."""
+    key = "Format/Datatype" if version < "11" else "DataType"
+    entries: list[dict[str, Any]] = [
+        {
+            "Name": f"{name}_weight_q + {name}",
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Name": "x", key: "Half" if name == FLOAT else "Int8"}],
+            "Outputs": [{"Name": "y", key: "Half"}],
+            "Weights": {"Type": "Half" if name == FLOAT else "Int8", "Count": 1},
+        }
+        for name in CONVOLUTIONS
+    ]
+    copy = {"Name": "copy", "LayerType": "Reformat", "Inputs": [{key: "Float"}]}
+    return json.dumps({"Layers": [*entries, {**copy, "Outputs": [{key: "Int8"}]}]})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    plan = minmax_plan(GRAPH, random_images(2, SIZE), symmetric=True)
+    written = to_onnx(GRAPH, preprocess_of(SIZE), None, plan=plan, dialect=DIALECTS["tensorrt"])
+    onnx.save(written, path)
+    return path
+
+
+def adapter(monkeypatch: pytest.MonkeyPatch, version: str) -> tuple[Any, ModuleType]:
+    """Import the adapter with the stand-in of a version, on an Orin, for this test alone."""
+    package = stand_in_for_tensorrt(version, layer_information(version))
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    monkeypatch.setattr(cuda, "gpus", lambda: [ORIN])
+    spec = importlib.util.find_spec(MODULES["tensorrt"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.machine, "facts", lambda: {"board": "Jetson AGX Orin"})
+    monkeypatch.setattr(module, "PROGRESS_S", 0.0)
+    return module, package
+
+
+def options(**told: Any) -> Options:
+    build = BuildOptions(**{"precision": "int8", **told}) if told else None
+    return Options(batch=3, threads=1, tensorrt=build)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_network_is_built_and_its_layers_are_told(
+    version: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tensorrt, package = adapter(monkeypatch, version)
+    record = tensorrt.build(model, options(), tmp_path / "engine.plan")
+    assert (tmp_path / "engine.plan").stat().st_size > 10_000
+    wrong = [x for x in record["placement"] if x["executed"] not in (None, x["planned"])]
+    assert [(x["name"], x["executed"]) for x in wrong] == [(FLOAT, "fp16")]
+    assert record["conversions"] == {"quantize": 1}
+    assert record["layers"]["CaskConvolution int8"] == len(CONVOLUTIONS) - 1
+    assert record["settings"]["strongly_typed"] is True
+    assert not package.config.get_flag(package.BuilderFlag.TF32)
+    assert package.config.profiling_verbosity == package.ProfilingVerbosity.DETAILED
+    common = {
+        "runtime": "tensorrt", "versions": {}, "batch": 3, "threads": 1, "engine": "e",
+        "engine_bytes": 1, "seconds": 1.0,
+    }  # fmt: skip
+    BuildRecord.model_validate({**common, **record})
+    steps = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[0] == "{"]
+    assert steps
+    assert all(0 < step["done"] <= step["total"] for step in steps)
+    assert all(step["what"].startswith("build tensorrt: ") for step in steps)
+
+
+def test_every_option_reaches_the_builder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, package = adapter(monkeypatch, "10.13.3")
+    told = options(workspace_bytes=64 << 20, sparse_weights=True)
+    record = tensorrt.build(model, told, tmp_path / "e")
+    config = package.config
+    assert config.get_memory_pool_limit(package.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert config.get_flag(package.BuilderFlag.SPARSE_WEIGHTS)
+    assert record["settings"]["flags"] == ["SPARSE_WEIGHTS", "no TF32"]
+    assert record["settings"]["memory_pools"] == {"WORKSPACE": 64 << 20}
+
+
+def test_options_that_a_version_has_not_are_refused_before_the_builder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, package = adapter(monkeypatch, "10.13.3")
+    package.Builder = None  # whoever starts it fails
+    told = options(precision="fp16", dla_core=0, gpu_fallback=True)
+    with pytest.raises(AgentError, match=r"10\.7 is the last of version 10"):
+        tensorrt.build(model, told, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_dla_core_that_is_not_there_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.3.0")
+    told = options(precision="fp16", dla_core=2, gpu_fallback=True)
+    with pytest.raises(AgentError, match="no DLA core 2: this device has 2"):
+        tensorrt.build(model, told, tmp_path / "e")
+
+
+def test_an_engine_for_a_dla_core_is_opened_on_that_core(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, package = adapter(monkeypatch, "10.3.0")
+    wanted = BuildOptions(precision="fp16", dla_core=1, gpu_fallback=True)
+    tensorrt._layers(b"x" * 2000, wanted, tensorrt._Log())
+    assert package.runtime.DLA_core == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"sm": 89}, "not-possible-here", r"Orin \(SM87\); for SM89 build on such a device"),
+        ({"batch": 3}, "bad-artifact", "cannot read m.onnx"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(
+    change: dict[str, int], kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "11.4.1")
+    broken = tiny_model()
+    broken.graph.node[2].op_type = "Convolve"
+    onnx.save(broken, tmp_path / "m.onnx")
+    asked = Options(**{"batch": 1, "threads": 1, **change})
+    with pytest.raises(AgentError, match=says) as caught:
+        tensorrt.build(tmp_path / "m.onnx", asked, tmp_path / "e")
+    assert caught.value.kind == kind
+    assert not (tmp_path / "e").exists()
+
+
+def test_without_the_package_it_says_so() -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed here")
+    with pytest.raises(AgentError, match="tensorrt cannot be used on this machine: No module"):
+        load("tensorrt")
