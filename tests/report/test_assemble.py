@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from test_gates import row
 
+from edgexception.agent.tensorrt_options import BuildOptions, read_options
 from edgexception.bench.statistics import Times
+from edgexception.recipe import TensorRtSpec
 from edgexception.report.assemble import Measured, Place, _gain, mark_fastest
 from edgexception.report.record import Estimate, Gain, Latency, Row
 from edgexception.report.render import regret_lines
@@ -106,3 +108,15 @@ def test_the_page_says_plainly_that_int8_is_not_worth_it() -> None:
     )
     sure = Gain(over="fp16", ratio=Estimate(value=1.1, low=1.01, high=1.2))
     assert regret_lines([row(gain=sure), row()]) == []
+
+
+def test_options_of_tensorrt_are_asked_for_as_the_agent_reads_them() -> None:
+    spec = TensorRtSpec(workspace_mib=2, dla_core=1, gpu_fallback=True)
+    asked = place("fp16", tensorrt=spec).tensorrt_options
+    assert read_options(asked) == BuildOptions(
+        "fp16", workspace_bytes=2 << 20, dla_core=1, gpu_fallback=True
+    )
+    assert read_options(place("fp16", tensorrt=TensorRtSpec()).tensorrt_options) == BuildOptions(
+        "fp16"
+    )
+    assert place("fp16").tensorrt_options is None
