@@ -1,7 +1,7 @@
 """Our INT8 beside ONNX Runtime's, NNCF's and ModelOpt's: one network, one set of photos, one run.
 
-    python tests/benchmarks/peers.py [RECIPE ...] [--images N] [--input-size N] [--also RECIPE]
-                                     [--skip-modelopt]
+    python tests/benchmarks/peers.py [RECIPE ...] [--images N] [--input-size N]
+                                     [--calibration-images N] [--also RECIPE] [--skip-modelopt]
 
 Exports a recipe's float network and our INT8 of it, lets every tool quantize the same float graph
 on the same calibration images, and prints two tables for each recipe:
@@ -13,8 +13,10 @@ b. as executed by ONNX Runtime and OpenVINO on this processor, with uint8 activa
    has them, and with latency at batch 1: engines take turns, round by round.
 
 `--images` takes the first N evaluation images only, `--input-size` another size of the network's
-input than the recipe's, `--also` puts the `quantize` section of one more recipe into table a (QAT
-beside PTQ). ModelOpt is installed into build/modelopt when it is not there.
+input than the recipe's, `--calibration-images` fewer of those for every tool (ONNX Runtime keeps
+all activations of all images in memory: 30 GB of 135 at 299x299), `--also` puts the `quantize`
+section of one more recipe into table a (QAT beside PTQ). ModelOpt is installed into build/modelopt
+when it is not there.
 """
 
 from __future__ import annotations
@@ -68,6 +70,14 @@ class Images(NamedTuple):
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     """Of the first images: photos have labels, crops of them have none."""
+
+
+def calibrated_on(recipe: Recipe, images: int | None) -> Recipe:
+    """Return the recipe with another number of calibration images."""
+    if images is None:
+        return recipe
+    calibration = recipe.calibration.model_copy(update={"images": images})
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def at_size(recipe: Recipe, side: int | None) -> Recipe:
@@ -251,12 +261,15 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", type=Path, default=[Path("recipes/kitchenware.yaml")])
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--input-size", type=int, default=None)
+    parser.add_argument("--calibration-images", type=int, default=None)
     parser.add_argument("--also", action="append", type=Path, default=[])
     parser.add_argument("--skip-modelopt", action="store_true")
     arguments = parser.parse_args()
     for path in arguments.recipes:
         with tempfile.TemporaryDirectory() as scratch:
-            compare(at_size(load_recipe(path), arguments.input_size), arguments, Path(scratch))
+            recipe = at_size(load_recipe(path), arguments.input_size)
+            recipe = calibrated_on(recipe, arguments.calibration_images)
+            compare(recipe, arguments, Path(scratch))
 
 
 if __name__ == "__main__":
