@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgexception.agent.manifest import FILE as MANIFEST
 from edgexception.artifacts import Artifact
 from edgexception.bench.protocol import Engine
 from edgexception.errors import EdgexError, NotPossibleHere
@@ -112,6 +113,7 @@ def publish(out: Path, state: RunState, report: Report) -> None:
         engine = engine_of(place, built)
         for name in (place.key, place.fastest_key) if row.fastest else (place.key,):
             links[f"engines/{name}{engine.path.suffix}"] = engine.path
+            links[f"engines/{name}.json"] = built.file(MANIFEST)
             links[f"engines/{name}.build.json"] = built.file("build.json")
     texts = {
         "recipe.yaml": dump_recipe(state.recipe),

@@ -305,8 +305,9 @@ def progress(step):
         for child in (task / "children").read_text().split():
             print(child, flush=True)
 timing = {"warmup_ms": 60_000, "duration_ms": 60_000, "min_iterations": 1}
-device.call("run", {**asked, "engine": "e.onnx", "images": None, "timing": timing},
-            {"e.onnx": work / "built/engine.onnx"}, work / "out", progress)
+files = {name: work / "built" / name for name in ("engine.onnx", "engine.json")}
+asked |= {"engine": "engine.onnx", "manifest": "engine.json", "images": None, "timing": timing}
+device.call("run", asked, files, work / "out", progress)
 """
 
 

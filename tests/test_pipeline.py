@@ -108,9 +108,9 @@ def test_every_link_leads_to_its_file_and_nothing_else_is_left(home: Path) -> No
           for runtime, _ in engines for form in ("fp32", f"int8-{runtime}")),
         *(f"engines/{key(runtime, precision)}.{suffix}"
           for runtime, kind in engines for precision in ("fp32", "int8")
-          for suffix in (kind, "build.json")),
+          for suffix in (kind, "json", "build.json")),
         *(f"engines/{key('fastest', row.precision)}.{suffix}"
-          for row in winners for suffix in (dict(engines)[row.runtime], "build.json")),
+          for row in winners for suffix in (dict(engines)[row.runtime], "json", "build.json")),
     }  # fmt: skip
     for name in links:
         assert (out / name).resolve(strict=True).is_relative_to(out / "store")

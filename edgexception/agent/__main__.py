@@ -20,7 +20,9 @@ INTERRUPTED = 130
 FIELDS = {
     "probe": (),
     "build": ("runtime", "model", "batch", "threads", "sm", "tensorrt"),
-    "run": ("runtime", "engine", "batch", "threads", "images", "timing", "tensorrt"),
+    "run": (
+        "runtime", "engine", "manifest", "batch", "threads", "images", "timing", "tensorrt",
+    ),  # fmt: skip
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.agent import machine, runtimes, timing
+from edgexception.agent import machine, manifest, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
@@ -83,7 +83,7 @@ def _described(name: str, child: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def build(request: Request, out: Path) -> None:
-    """Compile `model` for `runtime`; answer with the engine file and the build record."""
+    """Compile `model` for `runtime`; answer with the engine, its manifest and the build record."""
     name, options = _runtime(request)
     model = request.file("model")
     runtime = runtimes.load(name)
@@ -98,14 +98,15 @@ def build(request: Request, out: Path) -> None:
         "engine_bytes": engine.stat().st_size,
         "seconds": time.monotonic() - start,
     }
+    manifest.write(out, model, record, runtime.version())
     progress(f"build {name}", 1, 1, 0.0)
-    answer(out, record, (engine.name,))
+    answer(out, record, (engine.name, manifest.FILE))
 
 
 def run(request: Request, out: Path) -> None:
-    """Run `engine` for its times, for the logits of `images`, or for both."""
+    """Run `engine`, if its `manifest` fits, for its times, the logits of `images`, or both."""
     name, options = _runtime(request)
-    engine = request.file("engine")
+    engine, described = request.file("engine"), request.file("manifest")
     times = request.integers("timing", _TIMING_BOUNDS)
     path = request.file("images") if request.fields.get("images") is not None else None
     if times is None and path is None:
@@ -114,6 +115,8 @@ def run(request: Request, out: Path) -> None:
     start = time.monotonic()
     runtime = runtimes.load(name)
     imported = time.monotonic()
+    manifest.check(described, engine, name, runtime.version())
+    checked = time.monotonic()
     session = runtime.open(engine, options)
     opened = time.monotonic()
     images = None if path is None else open_images(path, session.shape)
@@ -124,7 +127,7 @@ def run(request: Request, out: Path) -> None:
         **_common(name, runtime, options),
         "settings": session.settings,
         "import_s": imported - start,
-        "open_s": opened - imported,
+        "open_s": opened - checked,
         "warmup_iterations": 0,
     }
     files = ["telemetry.json"]

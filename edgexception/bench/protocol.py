@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgexception.agent.manifest import FILE as MANIFEST
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, Progress
 from edgexception.errors import BadArtifact, EdgexError, MeasurementInvalid, UsageError
@@ -27,6 +28,7 @@ class Engine:
     key: str
     runtime: str
     path: Path
+    """Its manifest lies beside it."""
     batch: int
     threads: int
     tensorrt: dict[str, Any] | None = None
@@ -140,12 +142,13 @@ def _run(
     progress: Report | None = None,
 ) -> None:
     name = f"engine{engine.path.suffix}"
-    files = {name: engine.path}
+    files = {name: engine.path, MANIFEST: engine.path.with_name(MANIFEST)}
     if images is not None:
         files["images.npy"] = images
     request = {
         "runtime": engine.runtime,
         "engine": name,
+        "manifest": MANIFEST,
         "batch": engine.batch,
         "threads": engine.threads,
         "images": None if images is None else "images.npy",

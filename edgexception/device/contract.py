@@ -156,6 +156,7 @@ class Inspection(Facts):
 
     kernels: list[Kernel]
     read_bytes: int
+    """Constants, such as weights, are part of it."""
     constant_bytes: int
     written_bytes: int
 

@@ -92,8 +92,11 @@ def test_the_agent_works_alone_in_a_zipapp(tmp_path: Path) -> None:
 
 
 BUILD = {"protocol": 1, "runtime": "onnxruntime", "model": "model.onnx", "batch": 1, "threads": 1}
-RUN = {**BUILD, "engine": "engine.onnx", "images": None, "timing": None}
-del RUN["model"]
+RUN = {
+    **{name: value for name, value in BUILD.items() if name != "model"},
+    "engine": "engine.onnx", "manifest": "engine.json", "images": None, "timing": None,
+}  # fmt: skip
+JUNK = {**RUN, "engine": "junk.onnx", "manifest": "junk.onnx"}
 
 
 @pytest.mark.parametrize(
@@ -116,9 +119,11 @@ del RUN["model"]
         ("build", {**BUILD, "model": ".."}, "usage", "plain file name"),
         ("build", {**BUILD, "model": "empty.onnx"}, "bad-artifact", "empty.onnx is empty"),
         ("build", {**BUILD, "model": "junk.onnx"}, "bad-artifact", "not an ONNX file"),
-        ("run", {**RUN, "engine": "junk.onnx"}, "usage", "images, timing or both"),
-        ("run", {**RUN, "engine": "junk.onnx", "timing": {}}, "usage", "exactly"),
-        ("run", {**RUN, "engine": "junk.onnx", "images": "no.npy"}, "usage", "not in the request"),
+        ("run", JUNK, "usage", "images, timing or both"),
+        ("run", {**JUNK, "timing": {}}, "usage", "exactly"),
+        ("run", {**JUNK, "images": "no.npy"}, "usage", "not in the request"),
+        ("run", {**JUNK, "manifest": "no.json"}, "usage", "'no.json' that manifest names is not"),
+        ("run", {**JUNK, "images": "junk.onnx"}, "bad-artifact", "is no manifest of an engine"),
     ],
 )
 def test_a_wrong_request_is_refused_with_its_reason(
@@ -159,10 +164,11 @@ def test_the_agent_ends_when_the_host_is_gone(tmp_path: Path, tiny_onnx: Path) -
     asked.mkdir()
     answered.mkdir()
     timing = {"warmup_ms": 60_000, "duration_ms": 60_000, "min_iterations": 1}
-    (asked / "request.json").write_text(json.dumps({**RUN, "batch": 1, "timing": timing}))
-    from edgexception.agent.runtimes import Options, load  # noqa: PLC0415
+    from edgexception.device import local_device  # noqa: PLC0415
 
-    load("onnxruntime").build(tiny_onnx, Options(1, 1), asked / "engine.onnx")
+    request = {name: value for name, value in BUILD.items() if name != "protocol"}
+    local_device().call("build", request, {"model.onnx": tiny_onnx}, asked)
+    (asked / "request.json").write_text(json.dumps({**RUN, "batch": 1, "timing": timing}))
     child = subprocess.Popen(
         [sys.executable, "-m", "edgexception.agent", "run", str(asked), str(answered)],
         stdin=subprocess.PIPE,

@@ -22,6 +22,8 @@ LISTING = START + (
     "StrideOrder: [3,0,2,1], Datatype: Float, Format: (NHWC) Channel major format }], TacticName: "
     "__myelin_CASK_STUB, StreamId: 0, Metadata: [ONNX Layer: block2_sepconv1_depthwise][ONNX "
     "Layer: block2_sepconv1_act_dq]\n"
+    "Name: __mye23619_myl0_5, LayerType: signal, Inputs: [], Constants: [], Outputs: [], "
+    "TacticName: , StreamId: 0, EventId: 1, Metadata: \n"
     "Name: __myl_CastTran_myl0_0, LayerType: kgen, Inputs: [ { Name: images, Dimensions: "
     "[1,40,40,3], Strides: [4800,120,3,1], StrideOrder: [3,2,1,0], Datatype: UInt8, Format: "
     "(Linear) Row major linear format }], Constants: [], Outputs: [ { Name: x.1_2_myl0, "
@@ -42,7 +44,7 @@ def test_a_recorded_listing() -> None:
     ]
     assert counts(kernels) == {"correlation Int8 to Float": 1, "kgen UInt8 to Half": 1}
     found = inspection(kernels)
-    assert found["read_bytes"] == 32 * 17 * 17 + 40 * 40 * 3
+    assert found["read_bytes"] == 32 * 17 * 17 + 40 * 40 * 3 + 288 + 32
     assert found["written_bytes"] == 4 * 8 * 17 * 17 + 2 * 3 * 40 * 40
     assert found["constant_bytes"] == 288 + 32
 

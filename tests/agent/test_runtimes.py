@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def build(model: Path, runtime: str, out: Path, **more_files: Path) -> BuildReco
 
 def run(runtime: str, engine: Path, out: Path, **changes: Any) -> RunRecord:
     images = changes.pop("images", None)
-    files = {engine.name: engine} | ({} if images is None else {"images.npy": images})
+    files = {engine.name: engine, "engine.json": engine.with_name("engine.json")}
+    files |= {} if images is None else {"images.npy": images}
     request: dict[str, Any] = {"runtime": runtime, "engine": engine.name, "batch": 4, "threads": 1}
+    request["manifest"] = "engine.json"
     request |= {"images": None if images is None else "images.npy", "timing": None, **changes}
     return RunRecord.model_validate(local_device().call("run", request, files, out))
 
@@ -162,19 +165,38 @@ def damaged(path: Path, content: bytes, how: str) -> Path:
     "how", ["cut in half", "cut at its end", "cut to its start", "garbage", "zeros", "text"]
 )
 def test_a_damaged_engine_is_refused(built: tuple[str, Path], tmp_path: Path, how: str) -> None:
+    """By its manifest; and where that was made to agree, by the runtime."""
     runtime, engine = built
     bad = damaged(tmp_path / engine.name, engine.read_bytes(), how)
+    shutil.copy(engine.with_name("engine.json"), tmp_path / "engine.json")
+    with pytest.raises(BadArtifact, match=f"{engine.name} is not the engine that engine.json"):
+        run(runtime, bad, tmp_path / "out", timing=SHORT)
+    forge(bad)
     with pytest.raises(BadArtifact, match=engine.name) as caught:
         run(runtime, bad, tmp_path / "out", timing=SHORT)
     assert "\n" not in str(caught.value)
+    assert "is not the engine" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def forge(engine: Path, **changes: Any) -> None:
+    """Make the manifest beside an engine agree with it, as one who can write both files may."""
+    path = engine.with_name("engine.json")
+    content = json.loads(path.read_bytes())
+    content["engine_sha256"] = hashlib.sha256(engine.read_bytes()).hexdigest()
+    path.write_text(json.dumps({**content, **changes}))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_engine_of_another_runtime_is_refused(
     runtime: str, other: dict[str, Path], tmp_path: Path
 ) -> None:
-    stranger = other["openvino" if runtime == "onnxruntime" else "onnxruntime"]
+    true = "openvino" if runtime == "onnxruntime" else "onnxruntime"
+    stranger = Path(shutil.copytree(other[true].parent, tmp_path / "copy")) / other[true].name
+    with pytest.raises(BadArtifact, match=f"{stranger.name} is an engine of {true}, not of"):
+        run(runtime, stranger, tmp_path / "out", timing=SHORT)
+    needs = json.loads(other[runtime].with_name("engine.json").read_bytes())["needs"]
+    forge(stranger, runtime=runtime, needs=needs)
     with pytest.raises(BadArtifact, match=stranger.name):
         run(runtime, stranger, tmp_path / "out", timing=SHORT)
 

@@ -141,10 +141,10 @@ def test_without_a_gpu_nothing_is_run(forms: dict[str, Path], tmp_path: Path) ->
     record = build(forms["fp16"], tmp_path / "built")
     timing = {"warmup_ms": 1, "duration_ms": 1, "min_iterations": 1}
     request = {
-        "runtime": "tensorrt-rtx", "engine": "e.rtx", "batch": 1, "threads": 1,
-        "images": None, "timing": timing,
+        "runtime": "tensorrt-rtx", "engine": "engine.rtx", "manifest": "engine.json",
+        "batch": 1, "threads": 1, "images": None, "timing": timing,
     }  # fmt: skip
-    files = {"e.rtx": tmp_path / "built" / record.engine}
+    files = {name: tmp_path / "built" / name for name in (record.engine, "engine.json")}
     with pytest.raises(NotPossibleHere, match="no NVIDIA GPU here"):
         local_device().call("run", request, files, tmp_path / "out")
 

@@ -38,7 +38,8 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from openvino import opset13 as ops
 
-from edgexception.agent.runtimes import Options
+from edgexception.agent import manifest
+from edgexception.agent.runtimes import Options, load
 from edgexception.agent.runtimes.openvino import _properties
 from edgexception.imageset import ImageSet
 
@@ -246,6 +247,11 @@ def openvino_engine(graph: Path, threads: int, folder: Path) -> Path:
     exported = io.BytesIO()
     core.compile_model(model, "CPU", _properties(Options(1, threads))).export_model(exported)
     (folder / "engine.blob").write_bytes(exported.getbuffer())
+    record = {
+        "runtime": "openvino", "engine": "engine.blob", "versions": {}, "settings": {},
+        "batch": 1, "threads": threads,
+    }  # fmt: skip
+    manifest.write(folder, graph, record, load("openvino").version())
     return folder / "engine.blob"
 
 

@@ -24,6 +24,8 @@ _KERNEL = re.compile(
     r"Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[(.*?)\], "
     r"TacticName: .*?, StreamId: \d+, Metadata: (.*)"
 )
+# Where two streams meet: no kernel.
+_MEETING = re.compile(r"Name: \S+, LayerType: (signal|wait), Inputs: \[\], Constants: \[\], .*")
 _TENSOR = re.compile(
     r"\{ Name: [^ ]+, Dimensions: \[([\d,]*)\], Strides: \[[\d,]*\], StrideOrder: \[[\d,]*\], "
     r"Datatype: (\w+), Format: [^{}]* \}"
@@ -41,18 +43,23 @@ def read_kernels(text: str) -> list[dict[str, Any]] | None:
     if not text.startswith(START):
         return None
     lines = text[len(START) :].partition("\n\n")[0].splitlines()
-    kernels = [_kernel(line) for line in lines]
+    kernels = [_kernel(line) for line in lines if not _MEETING.fullmatch(line)]
     known = [kernel for kernel in kernels if kernel is not None]
     return known if known and len(known) == len(kernels) else None
 
 
 def inspection(kernels: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the kernels with the sums over them: bytes of one batch, and of all constants."""
-    sums = {
-        f"{name}_bytes": sum(tensor["bytes"] for kernel in kernels for tensor in kernel[name])
-        for name in ("read", "written", "constant")
+    """Return the kernels with the bytes that all of them read and write for one batch."""
+
+    def total(*names: str) -> int:
+        return sum(t["bytes"] for kernel in kernels for name in names for t in kernel[name])
+
+    return {
+        "kernels": kernels,
+        "read_bytes": total("read", "constant"),
+        "constant_bytes": total("constant"),
+        "written_bytes": total("written"),
     }
-    return {"kernels": kernels, **sums}
 
 
 def counts(kernels: list[dict[str, Any]]) -> dict[str, int]:
