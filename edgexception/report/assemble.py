@@ -32,6 +32,7 @@ from edgexception.report.record import (
     Fidelity,
     Gain,
     Latency,
+    Listing,
     Machine,
     Paired,
     Parity,
@@ -244,7 +245,7 @@ def _row(found: Findings, place: Place) -> Row:
     if built is not None:
         record = build_record(built)
         facts = {"status": "built", "engine_bytes": record.engine_bytes, "layers": record.layers}
-        facts["executed"] = executed(record)
+        facts |= {"executed": executed(record), "listing": _listing(record)}
         facts["onnx_bytes"] = found.exports[place.form].files["model.onnx"].bytes
     if measured.logits is not None or measured.rounds is not None:
         facts["status"] = "measured"
@@ -262,6 +263,21 @@ def _row(found: Findings, place: Place) -> Row:
         batch=place.batch,
         threads=place.threads,
         **facts,
+    )
+
+
+def _listing(record: BuildRecord) -> Listing | None:
+    found = record.inspection
+    if found is None:
+        return None
+    int8 = [kernel for kernel in found.kernels if kernel.read and kernel.read[0].type == "Int8"]
+    return Listing(
+        kernels=len(found.kernels),
+        read_bytes=found.read_bytes,
+        written_bytes=found.written_bytes,
+        weights_bytes=record.weights_bytes,
+        int8_kernels=len(int8),
+        int8_widened=sum(kernel.written[0].type != "Int8" for kernel in int8),
     )
 
 

@@ -104,6 +104,26 @@ class Executed(Record):
     """Layers of which the runtime does not tell."""
 
 
+class Listing(Record):
+    """An engine's kernels, for one batch, by the builder's word: nothing of it is measured."""
+
+    kernels: int
+    read_bytes: int
+    """Weights and other constants are part of it."""
+    written_bytes: int
+    weights_bytes: int | None
+    """Kept in the engine; the rest of its file is code."""
+    int8_kernels: int
+    """Kernels that read INT8."""
+    int8_widened: int
+    """Those of them that write a wider type, which another kernel makes INT8 again."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """What the kernels read and write."""
+        return self.read_bytes + self.written_bytes
+
+
 class Row(Record):
     """One engine: a target's runtime, a precision and a batch size."""
 
@@ -121,6 +141,7 @@ class Row(Record):
     layers: dict[str, int] = {}
     """Layers as the runtime executes them, with their counts."""
     executed: Executed | None = None
+    listing: Listing | None = None
     latency: Latency | None = None
     images_per_second: float | None = None
     fastest: bool = False

@@ -11,9 +11,9 @@ from edgexception.report.record import (
     Effect,
     Estimate,
     Exceptions,
-    Executed,
     Fidelity,
     GateResult,
+    Listing,
     Paired,
     Parity,
     Report,
@@ -23,6 +23,7 @@ from edgexception.report.record import (
     UnitSensitivity,
     row_name,
 )
+from edgexception.targets import is_int8
 
 
 def to_text(report: Report) -> str:
@@ -57,7 +58,8 @@ def to_text(report: Report) -> str:
     lines += regret_lines(report.rows)
     for row in report.rows:
         if row.executed is not None and row.precision != "fp32":
-            lines.append(f"{row_name(row):<36}{executed_line(row.executed)}")
+            lines.append(f"{row_name(row):<36}{executed_line(row)}")
+    lines += listing_lines(report.rows)
     for parity in report.parity:
         name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
         found = f"{_sqnr(parity.executed_vs_torch)} executed against torch"
@@ -159,6 +161,7 @@ def to_markdown(report: Report) -> str:
         shade=_shade,
         exception_lines=_exception_lines,
         executed_line=executed_line,
+        listing_lines=listing_lines,
         regret_lines=regret_lines,
     )
     return environment.get_template("report.md.j2").render(report=report)
@@ -174,13 +177,62 @@ def regret_lines(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def executed_line(found: Executed) -> str:
+def executed_line(row: Row) -> str:
     """Say in one line what an engine runs, and which nodes it has beside the layers."""
+    found = row.executed
+    if found is None:
+        return ""
     shares = (f"{_part(share)} in {name.upper()}" for name, share in found.shares.items())
     nodes = ", ".join(f"{count} {kind}" for kind, count in found.conversions.items())
-    line = f"runs {', '.join(shares)} (multiply-accumulates of the convolutions); conversions: "
-    line += nodes or "none"
+    line = f"{_runs(row)} {', '.join(shares)} (multiply-accumulates of the convolutions); "
+    line += f"conversions: {nodes or 'none'}"
     return f"{line}; not told: {', '.join(found.unknown)}" if found.unknown else line
+
+
+def _runs(row: Row) -> str:
+    """Say how sure it is what an engine runs: what has not run yet is only built to."""
+    return "runs" if row.status == "measured" else "is built to run"
+
+
+def listing_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a line for every engine whose builder lists its kernels: size, traffic, INT8 left."""
+    return [_listing_line(row, row.listing, rows) for row in rows if row.listing is not None]
+
+
+def _listing_line(row: Row, found: Listing, rows: Sequence[Row]) -> str:
+    parts = [f"{found.kernels} kernels, listed by the builder and not measured"]
+    if found.weights_bytes is not None:
+        parts.append(
+            f"{_mb(found.weights_bytes)} of the engine's {_mb(row.engine_bytes)} are weights, the "
+            f"ONNX file has {_mb(row.onnx_bytes)}"
+        )
+    parts.append(
+        f"for one batch they read {_mb(found.read_bytes)} and write {_mb(found.written_bytes)}"
+        f"{_beside_floats(row, found, rows)}"
+    )
+    if found.int8_widened:
+        parts.append(
+            f"{found.int8_widened} of {found.int8_kernels} INT8 kernels write a wider type, which "
+            "another kernel makes INT8 again"
+        )
+    return f"{row_name(row)}: {'; '.join(parts)}"
+
+
+def _beside_floats(row: Row, found: Listing, rows: Sequence[Row]) -> str:
+    """Return how much more or less an INT8 engine moves than the float ones of its place."""
+    ratios = [
+        f"{found.moved_bytes / other.listing.moved_bytes:.2f} times what {other.precision} moves"
+        for other in rows
+        if other.listing is not None
+        and is_int8(row.precision)
+        and not is_int8(other.precision)
+        and (other.target, other.runtime, other.batch) == (row.target, row.runtime, row.batch)
+    ]
+    return f" ({', '.join(ratios)})" if ratios else ""
+
+
+def _mb(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f} MB"
 
 
 def _part(share: float) -> str:
