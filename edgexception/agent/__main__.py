@@ -21,8 +21,15 @@ FIELDS = {
     "probe": (),
     "build": ("runtime", "model", "batch", "threads", "sm", "tensorrt"),
     "run": (
-        "runtime", "engine", "manifest", "batch", "threads", "images", "timing", "tensorrt",
-    ),  # fmt: skip
+        "runtime",
+        "engine",
+        "manifest",
+        "batch",
+        "threads",
+        "images",
+        "timing",
+        "tensorrt",
+    ),
 }
 
 
