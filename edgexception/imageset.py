@@ -85,6 +85,11 @@ class ImageSet:
         return len(self.samples)
 
     @property
+    def photo_count(self) -> int:
+        """How many different photos the images are made from."""
+        return len({sample.photo.sha256 for sample in self.samples})
+
+    @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Class indices (N,), or None for a set without labels."""
         labels = [sample.label for sample in self.samples]
