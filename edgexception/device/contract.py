@@ -172,7 +172,9 @@ class BuildRecord(EngineRecord):
     conversions: dict[str, int] = Field(default_factory=dict)
     """How many nodes only change type or layout: quantize, dequantize, reorder, cast."""
     weights_bytes: int | None = None
-    """Of the engine, as the runtime says."""
+    """Of the engine, as the runtime says; zeros that pad are part of it."""
+    zeros_bytes: int | None = None
+    """Of the engine, in runs of zeros: they pad, and are no weights."""
     inspection: Inspection | None = None
     """What the runtime lists of its kernels; None where it lists nothing that is understood."""
     engine: str

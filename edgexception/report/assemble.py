@@ -276,6 +276,7 @@ def _listing(record: BuildRecord) -> Listing | None:
         read_bytes=found.read_bytes,
         written_bytes=found.written_bytes,
         weights_bytes=record.weights_bytes,
+        zeros_bytes=record.zeros_bytes,
         int8_kernels=len(int8),
         int8_widened=sum(kernel.written[0].type != "Int8" for kernel in int8),
     )

@@ -113,6 +113,8 @@ class Listing(Record):
     written_bytes: int
     weights_bytes: int | None
     """Kept in the engine; the rest of its file is code."""
+    zeros_bytes: int | None
+    """Of them, what only pads."""
     int8_kernels: int
     """Kernels that read INT8."""
     int8_widened: int

@@ -201,10 +201,12 @@ def listing_lines(rows: Sequence[Row]) -> list[str]:
 
 def _listing_line(row: Row, found: Listing, rows: Sequence[Row]) -> str:
     parts = [f"{found.kernels} kernels, listed by the builder and not measured"]
-    if found.weights_bytes is not None:
+    if found.weights_bytes is not None and row.engine_bytes is not None:
+        padding = f" ({_mb(found.zeros_bytes)} of it zeros that pad)" if found.zeros_bytes else ""
         parts.append(
-            f"{_mb(found.weights_bytes)} of the engine's {_mb(row.engine_bytes)} are weights, the "
-            f"ONNX file has {_mb(row.onnx_bytes)}"
+            f"the engine's {_mb(row.engine_bytes)} are {_mb(found.weights_bytes)} of weights"
+            f"{padding} and {_mb(row.engine_bytes - found.weights_bytes)} of code, the ONNX file "
+            f"has {_mb(row.onnx_bytes)}"
         )
     parts.append(
         f"for one batch they read {_mb(found.read_bytes)} and write {_mb(found.written_bytes)}"

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from narrow import minmax_plan, preprocess_of, random_images, small_graph
 from onnx import numpy_helper
 from tiny_engine import tiny_model
@@ -100,6 +102,41 @@ def test_every_form_is_built_for_every_gpu_or_our_linter_says_why_not(
     # For Turing the builder turns INT8 weights back to float16, at each call, and computes in it.
     int8 = "fp16" if sm == 75 else "int8"
     assert types == dict.fromkeys(CONVOLUTIONS, int8 if "int8" in form else form)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-fp16"])
+def test_int8_weights_are_in_the_engine_once_and_in_no_other_type(
+    forms: dict[str, Path], tmp_path: Path, form: str
+) -> None:
+    """Channels last; 4 channels a group at least, the added ones zero."""
+    build(forms[form], tmp_path / "out")
+    engine = (tmp_path / "out/engine.rtx").read_bytes()
+    weights = [numpy_helper.to_array(each) for each in onnx.load(forms[form]).graph.initializer]
+    weights = [each for each in weights if each.dtype == np.int8 and each.size >= 128]
+    assert len(weights) >= 8
+    assert any(each.shape[1] == 1 for each in weights), "a depthwise layer is among them"
+    for weight in weights:
+        missing = max(0, 4 - weight.shape[1])
+        padded = np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        assert engine.count(np.moveaxis(padded, 1, -1).tobytes()) == 1
+        for wide in (np.float16, np.float32):
+            assert np.moveaxis(weight, 1, -1).astype(wide).tobytes() not in engine
+
+
+def test_zeros_that_pad_are_counted(forms: dict[str, Path], tmp_path: Path) -> None:
+    counted = {form: build(path, tmp_path / form).zeros_bytes for form, path in forms.items()}
+    # The input of block2's first depthwise layer has 8 channels of 17x17: three times that.
+    assert counted["int8"] > counted["fp16"] + 3 * 8 * 17 * 17  # type: ignore[operator]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=4)), max_size=6),
+)
+def test_only_long_runs_of_zeros_pad(parts: list[tuple[int, bytes]]) -> None:
+    """Whatever stands between the runs, less its own zeros at either end."""
+    zeros_bytes = load("tensorrt-rtx").zeros_bytes  # type: ignore[attr-defined]
+    between = [b"\1" + bytes(count) + b"\1" + data for count, data in parts]
+    assert zeros_bytes(b"".join(between)) == sum(n for n, _ in parts if n >= 64)
 
 
 def test_the_batch_is_fixed_and_traffic_grows_with_it(

@@ -7,6 +7,19 @@ are those of the ONNX graph. `open` has not been run on hardware.
 
 The vendor's support matrix (1.0 to 1.7) names no INT8 for activations, only for weights. The
 builder takes such graphs none the less, and lists their convolutions as INT8.
+
+An INT8 engine of 1.7.1 is larger than its weights. Read from its bytes, full-size Xception at
+150x150 for SM89, 37.2 MB: every INT8 weight of the ONNX file is there once and as int8 (21.0 MB),
+and none as float. Beside them are
+- 0.6 MB to pad depthwise weights: there is no INT8 depthwise kernel, so such a layer is a grouped
+  convolution of 4 channels a group, 3 of them zero;
+- 4.8 MB of zeros, one tensor for each size of activation, which generated kernels put between the
+  channels of a depthwise layer's input, at each call: it reads 4 times the bytes. They grow with
+  the image;
+- 10.4 MB of CUDA source: each of 77 generated kernels, of which 30 differ, has a text of its own,
+  125 kB of it the same helper functions in all. The FP16 engine has 8 such texts, and 1.2 MB.
+The builder has no option against it: profiling verbosity does not change a byte. The source is text
+and packs well: `zlib` makes 0.8 MB of it.
 """
 
 from __future__ import annotations
@@ -16,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorrt_rtx_bindings as trt
 
 from edgexception.agent.onnx_file import operators
@@ -33,6 +47,8 @@ from edgexception.agent.runtimes.rtx_layers import (
 from edgexception.agent.runtimes.trt_family import fix_batch, open_session
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+_PADDING = 64
+"""Weights have no run of so many zero bytes; what pads them has."""
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]
@@ -106,6 +122,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         "placement": layer_placement(model, kernels or []),
         "conversions": conversions(kernels or []),
         "weights_bytes": log.weights_bytes,
+        "zeros_bytes": zeros_bytes(engine),
         "inspection": inspection(kernels) if kernels else None,
     }
 
@@ -114,6 +131,13 @@ def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter
     """Open an engine on the first GPU; one that was built for another is refused by the library."""
     log = _Log()
     return open_session(trt, trt.Runtime(log), engine, options, "tensorrt-rtx", log)
+
+
+def zeros_bytes(engine: Any) -> int:
+    """Return how many bytes of an engine are in runs of zeros that only padding has."""
+    nonzero = np.flatnonzero(np.frombuffer(engine, np.uint8))
+    gaps = np.diff(nonzero) - 1
+    return int(gaps[gaps >= _PADDING].sum())
 
 
 def _capability(sm: int | None) -> trt.ComputeCapability:
