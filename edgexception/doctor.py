@@ -57,8 +57,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _missing(reason: str, extra: str) -> dict[str, str]:
-    return {"missing": reason, "remedy": f"pip install 'edgexception[{extra}]'"}
+def _missing(reason: str, extra: str | None) -> dict[str, str]:
+    remedy = {"remedy": f"pip install 'edgexception[{extra}]'"} if extra else {}
+    return {"missing": reason, **remedy}
 
 
 def finding_lines(findings: dict[str, Any]) -> list[str]:
@@ -76,7 +77,8 @@ def finding_lines(findings: dict[str, Any]) -> list[str]:
         if "version" in facts:
             lines.append(f"  ok       {name} {facts['version']}")
         else:
-            lines.append(f"  missing  {name}: {facts['missing']}; {facts['remedy']}")
+            remedy = f"; {facts['remedy']}" if "remedy" in facts else ""
+            lines.append(f"  missing  {name}: {facts['missing']}{remedy}")
     return lines
 
 

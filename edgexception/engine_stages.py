@@ -124,8 +124,11 @@ def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
         )
     for runtime in spec.runtime_names:
         if reason := why_not_built(spec.target, runtime, machine):
+            extra = extra_of(runtime)
+            install = f"Install it with `pip install 'edgexception[{extra}]'`, or list" * bool(
+                extra
+            )
             raise NotPossibleHere(
-                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. Install "
-                f"it with `pip install 'edgexception[{extra_of(runtime)}]'`, or list the others "
-                "alone"
+                f"target {spec.target}: runtime {runtime} cannot be used here: {reason}. "
+                f"{install or 'List'} the others alone"
             )

@@ -139,9 +139,13 @@ def _table() -> _Table:
     return table
 
 
-def extra_of(runtime: str) -> str:
-    """Return the extra of this package that brings a runtime."""
-    return {"tensorrt-rtx": "rtx"}.get(runtime, runtime)
+def extra_of(runtime: str) -> str | None:
+    """Return the extra of this package that brings a runtime.
+
+    None where none can: onnxruntime-gpu and onnxruntime are the same files, only one can be there.
+    """
+    own = {"tensorrt-rtx": "rtx", "onnxruntime-cuda": None, "onnxruntime-tensorrt": None}
+    return own.get(runtime, runtime)
 
 
 def load_targets() -> dict[str, Target]:

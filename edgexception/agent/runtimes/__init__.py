@@ -23,6 +23,8 @@ from edgexception.agent.tensorrt_options import BuildOptions
 
 MODULES = {
     "onnxruntime": "edgexception.agent.runtimes.ort",
+    "onnxruntime-cuda": "edgexception.agent.runtimes.ort_cuda",
+    "onnxruntime-tensorrt": "edgexception.agent.runtimes.ort_tensorrt",
     "openvino": "edgexception.agent.runtimes.openvino",
     "tensorrt": "edgexception.agent.runtimes.tensorrt",
     "tensorrt-rtx": "edgexception.agent.runtimes.tensorrt_rtx",
@@ -30,6 +32,8 @@ MODULES = {
 
 ENGINE_FILES = {
     "onnxruntime": "engine.onnx",
+    "onnxruntime-cuda": "engine.onnx",
+    "onnxruntime-tensorrt": "engine.onnx",
     "openvino": "engine.blob",
     "tensorrt": "engine.plan",
     "tensorrt-rtx": "engine.rtx",
@@ -37,6 +41,8 @@ ENGINE_FILES = {
 
 PACKAGES = {
     "onnxruntime": "onnxruntime",
+    "onnxruntime-cuda": "onnxruntime-gpu",
+    "onnxruntime-tensorrt": "onnxruntime-gpu",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",

@@ -81,7 +81,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     A Conv between DequantizeLinear and QuantizeLinear, which was not fused, runs in float.
     """
     operators(model)
-    settings = _settings(options)
+    settings = session_options(options)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.optimized_model_filepath = str(out)
     # The input's free dimension has this name by contract; without it the override does nothing.
@@ -120,7 +120,7 @@ def _ran(node: Node) -> Ran:
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
     """Open a saved graph as it is."""
     operators(engine)
-    settings = _settings(options)
+    settings = session_options(options)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with blaming(f"onnxruntime cannot open {engine.name}"):
         session = onnxruntime.InferenceSession(str(engine), settings, providers=_PROVIDERS)
@@ -147,7 +147,8 @@ def _weight_bits(model: Path) -> str | None:
     return props.get("edgexception.weight_bits")
 
 
-def _settings(options: Options) -> onnxruntime.SessionOptions:
+def session_options(options: Options) -> onnxruntime.SessionOptions:
+    """Return what every session is told: the threads, and to be quiet."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -169,10 +170,17 @@ def _describe(options: Options, optimization: str) -> dict[str, Any]:
 def _check(
     session: onnxruntime.InferenceSession, options: Options
 ) -> tuple[tuple[int, int, int, int], int]:
+    if session.get_providers() != _PROVIDERS:
+        raise AgentError("bug", f"onnxruntime chose {session.get_providers()}, not {_PROVIDERS}")
+    return check_ends(session, options)
+
+
+def check_ends(
+    session: onnxruntime.InferenceSession, options: Options
+) -> tuple[tuple[int, int, int, int], int]:
+    """Return image shape and classes of a session that keeps the contract of every engine."""
     ends = [
         [(end.name, _TYPES.get(end.type, str(end.type)), tuple(end.shape)) for end in side]
         for side in (session.get_inputs(), session.get_outputs())
     ]
-    if session.get_providers() != _PROVIDERS:
-        raise AgentError("bug", f"onnxruntime chose {session.get_providers()}, not {_PROVIDERS}")
     return check_contract(ends[0], ends[1], options)
