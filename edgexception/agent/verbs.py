@@ -98,7 +98,7 @@ def build(request: Request, out: Path) -> None:
         "engine_bytes": engine.stat().st_size,
         "seconds": time.monotonic() - start,
     }
-    manifest.write(out, model, record, runtime.version())
+    manifest.write(out, model, options, record, runtime.version())
     progress(f"build {name}", 1, 1, 0.0)
     answer(out, record, (engine.name, manifest.FILE))
 

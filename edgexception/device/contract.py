@@ -79,6 +79,8 @@ class GpuFacts(Facts):
     memory_bytes: int
     driver: str
     """The highest CUDA version that the driver serves."""
+    driver_release: str | None = None
+    """The driver's own version; None where it is not told."""
 
 
 class RuntimeFacts(Facts):

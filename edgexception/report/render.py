@@ -25,6 +25,9 @@ from edgexception.report.record import (
 )
 from edgexception.targets import is_int8
 
+_PADDED = 0.01
+"""From this share of an engine's weights on, its padding is worth a word."""
+
 
 def to_text(report: Report) -> str:
     """Return the measured rows, the gates and the parity as lines for a terminal."""
@@ -216,6 +219,11 @@ def _listing_line(row: Row, found: Listing, rows: Sequence[Row]) -> str:
         parts.append(
             f"{found.int8_widened} of {found.int8_kernels} INT8 kernels write a wider type, which "
             "another kernel makes INT8 again"
+        )
+    if is_int8(row.precision) and (found.zeros_bytes or 0) > _PADDED * (found.weights_bytes or 0):
+        parts.append(
+            "the zeros pad depthwise layers, which have no INT8 kernel: quantize.precision "
+            '{fp16: ["*_depthwise"]} leaves those in FP16, and the zeros out'
         )
     return f"{row_name(row)}: {'; '.join(parts)}"
 

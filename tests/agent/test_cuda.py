@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,14 +74,35 @@ def use(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeDriver:
     return driver
 
 
-def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda, "RELEASE", tmp_path / "version")
     use(monkeypatch, FakeDriver((8, 9), (12, 0)))
     first, second = cuda.gpus()
     assert first == {
         "name": "NVIDIA Fake 0", "sm": 89, "memory_bytes": 24 << 30, "driver": "13.2",
+        "driver_release": None,
     }  # fmt: skip
     assert (second["name"], second["sm"]) == ("NVIDIA Fake 1", 120)
     assert cuda.first_gpu() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\nGCC 13.3.0",
+         "580.65.06"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release", "540.4.0"),
+        ("GCC version:  gcc 13.3.0", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_the_release_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, release: str | None
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(cuda, "RELEASE", tmp_path / "version")
+    use(monkeypatch, FakeDriver((8, 9)))
+    assert cuda.first_gpu()["driver_release"] == release
 
 
 def test_without_driver_or_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

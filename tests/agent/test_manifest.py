@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from edgexception.agent import manifest
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import ENGINE_FILES
+from edgexception.agent.runtimes import ENGINE_FILES, Options
+from edgexception.agent.tensorrt_options import BuildOptions
 from edgexception.device import local_device
 from edgexception.errors import BadArtifact, EdgexError, NotPossibleHere
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt-rtx")
 GPU = {"name": "NVIDIA Fake", "sm": 89, "memory_bytes": 1, "driver": "13.0"}
+VERSION = "10.13.3.9"
 RTX = {"version": "1.7.1.116", "devices": [GPU["name"]], "gpus": [GPU]}
 Change = Callable[[dict[str, Any]], object]
 
@@ -66,7 +68,8 @@ def test_it_says_what_the_engine_was_built_from_and_with(
     for name, path in (("onnx", tiny_onnx), ("engine", folder / ENGINE_FILES[runtime])):
         assert content[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert content["runtime"] == runtime
-    assert content["options"] == {"batch": 1, "threads": 1}
+    sm = 89 if runtime == "tensorrt-rtx" else None
+    assert content["options"] == {"batch": 1, "threads": 1, "sm": sm, "tensorrt": None}
     assert content["needs"]["version"] == content["versions"][runtime]
     assert set(content["needs"]) == (
         {"version", "sm"} if runtime == "tensorrt-rtx" else {"version", "arch", "flags"}
@@ -93,6 +96,7 @@ def processor(content: dict[str, Any]) -> None:
         (lambda c: c.update(engine_sha256=None), BadArtifact, "changed, cut or mixed up"),
         (lambda c: c.update(runtime="tflite"), BadArtifact, "is an engine of tflite, not of"),
         (lambda c: c.update(needs=[]), BadArtifact, "is no manifest"),
+        (lambda c: c.update(allows=None), BadArtifact, "is no manifest"),
         (lambda c: c.update(format=2), BadArtifact, "is no manifest"),
         (lambda c: c.pop("layers"), BadArtifact, "is no manifest"),
         (lambda c: c.clear(), BadArtifact, "is no manifest"),
@@ -157,27 +161,64 @@ def test_anything_else_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     assert caught.value.kind == "bad-artifact"
 
 
+def written(folder: Path, runtime: str, gpus: list[dict[str, Any]], **told: Any) -> Path:
+    """The folder of an engine that was built with these GPUs at hand, for SM89."""
+    (folder / "model.onnx").write_bytes(b"a model")
+    (folder / "engine").write_bytes(b"an engine")
+    options = Options(1, 1, 89, BuildOptions(precision="fp16", **told) if told else None)
+    record = {"runtime": runtime, "engine": "engine", "settings": {}, "versions": {}}
+    facts = {"version": VERSION, "devices": [], "gpus": gpus}
+    manifest.write(folder, folder / "model.onnx", options, record, facts)
+    return folder
+
+
+def opened(folder: Path, runtime: str, version: str = VERSION, **gpu: Any) -> str:
+    """What is wrong with opening it on another GPU; "" for nothing."""
+    facts = {"version": version, "gpus": [{**GPU, **gpu}] if gpu != {"none": True} else []}
+    try:
+        manifest.check(folder / "engine.json", folder / "engine", runtime, facts)
+    except AgentError as error:
+        return f"{error.kind}: {error}"
+    return ""
+
+
 def test_an_engine_of_a_gpu_fits_its_compute_capability(tmp_path: Path) -> None:
     """The driver and the memory may differ; the version and the capability may not."""
-    (tmp_path / "model.onnx").write_bytes(b"a model")
-    (tmp_path / "engine.rtx").write_bytes(b"an engine")
-    record = {
-        "runtime": "tensorrt-rtx", "engine": "engine.rtx", "settings": {"sm": 89},
-        "versions": {}, "batch": 1, "threads": 1,
-    }  # fmt: skip
-    manifest.write(tmp_path, tmp_path / "model.onnx", record, {**RTX, "gpus": []})
+    folder = written(tmp_path, "tensorrt-rtx", [])
+    assert opened(folder, "tensorrt-rtx") == ""
+    assert opened(folder, "tensorrt-rtx", name="another", driver="14.0") == ""
+    refused = opened(folder, "tensorrt-rtx", sm=120)
+    assert refused.startswith("not-possible-here: ")
+    assert "built for sm 89, here is 120. Build it here with `edgex build-engine`" in refused
+    assert "no NVIDIA GPU here" in opened(folder, "tensorrt-rtx", none=True)
+    assert f"version {VERSION}, here is 10.14.0" in opened(folder, "tensorrt-rtx", "10.14.0")
 
-    def check(**changes: Any) -> None:
-        path = tmp_path / "engine.json"
-        manifest.check(path, tmp_path / "engine.rtx", "tensorrt-rtx", {**RTX, **changes})
 
-    check()
-    check(gpus=[{**GPU, "name": "another", "driver": "14.0"}])
-    for changes, says in (
-        ({"gpus": [{**GPU, "sm": 120}, GPU]}, "built for sm 89, here is 120"),
-        ({"gpus": []}, "no NVIDIA GPU here"),
-        ({"version": "1.8.0"}, "built for version 1.7.1.116, here is 1.8.0"),
-    ):
-        with pytest.raises(AgentError, match=says) as caught:
-            check(**changes)
-        assert caught.value.kind == "not-possible-here"
+def test_an_engine_of_tensorrt_fits_its_model_of_gpu(tmp_path: Path) -> None:
+    folder = written(tmp_path, "tensorrt", [GPU])
+    assert opened(folder, "tensorrt") == ""
+    assert "built for gpu NVIDIA Fake, here is another" in opened(
+        folder, "tensorrt", name="another"
+    )
+    assert "no NVIDIA GPU here" in opened(folder, "tensorrt", none=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "version", "gpu", "fits"),
+    [
+        ({"hardware_compatibility": "same-compute-capability"}, VERSION, {"name": "b"}, True),
+        ({"hardware_compatibility": "same-compute-capability"}, VERSION, {"sm": 86}, False),
+        ({"hardware_compatibility": "ampere-plus"}, VERSION, {"name": "b", "sm": 80}, True),
+        ({"hardware_compatibility": "ampere-plus"}, VERSION, {"name": "b", "sm": 75}, False),
+        ({"hardware_compatibility": "ampere-plus"}, "10.14.0", {}, False),
+        ({"version_compatible": True}, "10.14.0", {}, True),
+        ({"version_compatible": True}, "10.9.0", {}, False),
+        ({"version_compatible": True}, "11.0.0", {}, False),
+        ({"version_compatible": True}, "10.14.0", {"name": "b"}, False),
+    ],
+)
+def test_what_an_engine_of_tensorrt_was_built_to_allow(
+    tmp_path: Path, told: dict[str, Any], version: str, gpu: dict[str, Any], *, fits: bool
+) -> None:
+    folder = written(tmp_path, "tensorrt", [GPU], **told)
+    assert (opened(folder, "tensorrt", version, **gpu) == "") == fits

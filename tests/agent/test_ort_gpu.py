@@ -111,7 +111,7 @@ def test_a_provider_that_takes_every_node_runs(tiny_onnx: Path, tmp_path: Path) 
         "engine_bytes": 1, "seconds": 1.0,
     }  # fmt: skip
     BuildRecord.model_validate(record)
-    manifest.write(tmp_path, tiny_onnx, record, adapter.version())
+    manifest.write(tmp_path, tiny_onnx, OPTIONS, record, adapter.version())
     engine = tmp_path / "engine.onnx"
     manifest.check(tmp_path / "engine.json", engine, "x", adapter.version())
     session = adapter.open(engine, OPTIONS)

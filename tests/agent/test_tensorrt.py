@@ -153,6 +153,14 @@ def test_an_engine_for_a_dla_core_is_opened_on_that_core(
     assert package.runtime.DLA_core == 1
 
 
+def test_only_a_version_compatible_engine_may_bring_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.13.3")
+    for compatible in (False, True):
+        wanted = BuildOptions(precision="fp16", version_compatible=compatible)
+        runtime = tensorrt._runtime(wanted, tensorrt._Log())
+        assert vars(runtime) == ({"engine_host_code_allowed": True} if compatible else {})
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [

@@ -28,7 +28,7 @@ FP16 = INT8.model_copy(
 def test_a_line_explains_size_traffic_and_what_int8_is_left_for() -> None:
     rows = (row(precision="fp16", listing=FP16, **SIZES), row(listing=INT8, **SIZES))
     plain, int8 = listing_lines(rows)
-    assert "INT8" not in plain
+    assert "INT8" not in plain  # nor what to do about INT8's padding
     assert "times" not in plain
     for words in (
         "157 kernels, listed by the builder and not measured",
@@ -36,11 +36,19 @@ def test_a_line_explains_size_traffic_and_what_int8_is_left_for() -> None:
         "code, the ONNX file has 21.3 MB",
         "they read 88.2 MB and write 55.6 MB (1.74 times what fp16 moves)",
         "75 of 76 INT8 kernels write a wider type",
+        'have no INT8 kernel: quantize.precision {fp16: ["*_depthwise"]} leaves those in FP16',
     ):
         assert words in int8
     found = report(rows)
     assert int8 in to_text(found)
     assert int8 in to_markdown(found).replace("\\", "")
+
+
+def test_an_engine_with_little_padding_is_left_in_peace() -> None:
+    little = INT8.model_copy(update={"zeros_bytes": 100_000})
+    (line,) = listing_lines((row(listing=little, **SIZES),))
+    assert "0.1 MB of it zeros" in line
+    assert "no INT8 kernel" not in line
 
 
 def test_engines_of_other_places_are_not_compared() -> None:

@@ -8,6 +8,8 @@ Not run on hardware.
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from edgexception.agent.protocol import AgentError
 
 LIBRARY = "libcuda.so.1"
+RELEASE = Path("/proc/driver/nvidia/version")
+"""What the kernel's module says of itself (NVIDIA driver README, "The /proc interface")."""
 _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 
@@ -27,7 +31,8 @@ class _Absent(Exception):
 def gpus() -> list[dict[str, Any]]:
     """Return name, compute capability times 10, memory and driver of every GPU; [] without one.
 
-    `driver` is the highest CUDA version that the driver serves, such as "13.0".
+    `driver` is the highest CUDA version that the driver serves, such as "13.0"; `driver_release` is
+    its own version, such as "580.65.06", None where the kernel does not tell.
     """
     try:
         library = _start()
@@ -37,7 +42,8 @@ def gpus() -> list[dict[str, Any]]:
     _call(library, "cuDriverGetVersion", ctypes.byref(version))
     _call(library, "cuDeviceGetCount", ctypes.byref(count))
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return [{**_describe(library, number), "driver": driver} for number in range(count.value)]
+    own = {"driver": driver, "driver_release": _release()}
+    return [{**_describe(library, number), **own} for number in range(count.value)]
 
 
 def first_gpu() -> dict[str, Any]:
@@ -100,6 +106,15 @@ def _start() -> Any:
     if library.cuInit(0):
         raise _Absent
     return library
+
+
+def _release() -> str | None:
+    try:
+        text = RELEASE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found and found.group()
 
 
 def _describe(library: Any, number: int) -> dict[str, Any]:

@@ -194,6 +194,9 @@ def _runtime(wanted: BuildOptions, log: _Log) -> trt.Runtime:
     if wanted.dla_core is not None:
         # Else an engine for core 1 runs on core 0 (microsoft/onnxruntime issue 26680).
         runtime.DLA_core = wanted.dla_core
+    if wanted.version_compatible:
+        # Such an engine brings code of its own (TensorRT documentation, "Version Compatibility").
+        runtime.engine_host_code_allowed = True
     return runtime
 
 
