@@ -39,6 +39,12 @@ Out = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Device = Annotated[
+    str | None, typer.Option(help="ssh://user@host[:port], or a name in devices.yaml.")
+]
+Keep = Annotated[
+    bool, typer.Option("--keep", help="Leave on the device what was sent there, for the next time.")
+]
 
 
 def _option(kind: Any, text: str, *names: str) -> Any:
@@ -80,6 +86,8 @@ _ENGINE: dict[str, Any] = _QUANTIZE | {
     ),
     "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
     "threads": _option(int | None, "Threads of the runtime. Default: one a core."),
+    "device": Device,
+    "keep": Keep,
 }
 
 
@@ -90,15 +98,17 @@ def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> N
         with exit_codes():
             from edgexception.short_form import Flags, recipe_of
 
+            device, keep = given.pop("device", None), given.pop("keep", False)
             said: dict[str, Any] = {
                 key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
             }
-            _run(recipe_of(source, Flags(**said), last), last, out, json_, quiet)
+            recipe = recipe_of(source, Flags(**said), last)
+            _run(recipe, last, out, json_, quiet, device, keep)
 
     command.__doc__ = text
     annotations = {"source": Source, **flags, "out": Out, "json_": Json, "quiet": Quiet}
     command.__annotations__ = annotations
-    defaults: dict[str, Any] = {"json_": False, "quiet": False}
+    defaults: dict[str, Any] = {"json_": False, "quiet": False, "keep": False}
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
@@ -115,13 +125,18 @@ def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> N
 
 @app.command("run")
 def run_recipe(
-    recipe: RecipeFile, out: Out = None, json_: Json = False, quiet: Quiet = False
+    recipe: RecipeFile,
+    out: Out = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    device: Device = None,
+    keep: Keep = False,
 ) -> None:
     """Run a whole recipe: import, quantize, export, build, measure, report, gates."""
     with exit_codes():
         from edgexception.recipe_file import load_recipe
 
-        _run(load_recipe(recipe), "bench", out, json_, quiet)
+        _run(load_recipe(recipe), "bench", out, json_, quiet, device, keep)
 
 
 _stage_command("import", "import", _MODEL, "Read a trained network and check it.")
@@ -134,16 +149,27 @@ _stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
 _stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")
 
 
-def _run(recipe: Recipe, last: Last, out: Path | None, json_: bool, quiet: bool) -> None:
-    from edgexception.errors import GateFailed
-    from edgexception.pipeline import Listener, run
+def _run(
+    recipe: Recipe,
+    last: Last,
+    out: Path | None,
+    json_: bool,
+    quiet: bool,
+    device: str | None = None,
+    keep: bool = False,
+) -> None:
+    from edgexception.errors import GateFailed, UsageError
+    from edgexception.pipeline import Listener, Where, run
     from edgexception.recipe_file import dump_recipe
     from edgexception.report.render import gate_lines, to_text
 
+    if keep and device is None:
+        raise UsageError("--keep has no effect without --device")
     console = Console(quiet)
     folder = out or Path("build") / recipe.name
     with console.data_only():
-        report, fault = run(recipe, folder, last, Listener(console.stage, console.progress))
+        listener = Listener(console.stage, console.progress)
+        report, fault = run(recipe, folder, last, listener, Where(device, keep))
     if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")
     with console.reader_may_leave():

@@ -4,6 +4,7 @@
     ├── GateFailed                 1  a measured value misses a gate of the recipe
     ├── UsageError                 2  a command line or recipe that cannot be followed
     ├── NotPossibleHere            3  a runtime, a package or a device that is missing here
+    │   └── DeviceLost             3  a device that was there and is no more: the run ends
     ├── BadArtifact                4  a file that is broken, hostile or not what it claims
     ├── MeasurementInvalid         5  a measurement ran and its numbers cannot be trusted
     └── OutOfResources             6  out of memory or disk
@@ -39,6 +40,10 @@ class NotPossibleHere(EdgexError):
     """A runtime, a package or a device that this machine does not have."""
 
     exit_code = 3
+
+
+class DeviceLost(NotPossibleHere):
+    """The connection to a device ended while it worked."""
 
 
 class BadArtifact(EdgexError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -21,9 +21,9 @@ from edgexception.data import (
     open_training,
     refuse_leak,
 )
-from edgexception.device import Device, ProbeRecord, Progress, local_device
+from edgexception.device import Device, ProbeRecord, Progress, local_device, open_device
 from edgexception.engine_stages import bench, build, evaluate, places_of
-from edgexception.errors import EdgexError, OutOfResources, UsageError
+from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import open_output
@@ -72,6 +72,18 @@ class Listener:
     progress: Callable[[Progress], None] = lambda _: None
 
 
+@dataclass(frozen=True)
+class Where:
+    """The device that builds and runs; None is this machine."""
+
+    device: str | None = None
+    keep: bool = False
+    """Whether what was sent there stays, for the next run."""
+
+
+HERE = Where()
+
+
 class Outcome(NamedTuple):
     """What a run found, and the error of the first engine that failed or could not be run."""
 
@@ -80,7 +92,11 @@ class Outcome(NamedTuple):
 
 
 def run(
-    recipe: Recipe, out: Path, last: Last = "bench", listener: Listener | None = None
+    recipe: Recipe,
+    out: Path,
+    last: Last = "bench",
+    listener: Listener | None = None,
+    where: Where = HERE,
 ) -> Outcome:
     """Run a recipe's stages up to `last` and return what was found.
 
@@ -92,8 +108,7 @@ def run(
     check_recipe(recipe)
     _check_sources(recipe, last, out)
     listener = listener or Listener()
-    with open_output(out) as store:
-        device = local_device()
+    with _device(where) as device, open_output(out) as store:
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
@@ -147,6 +162,12 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
         ):
             raise UsageError(f"{out}: lies among the photos of {folder}; choose another --out")
         list_source(source)
+
+
+def _device(where: Where) -> AbstractContextManager[Device]:
+    if where.device is None:
+        return nullcontext(local_device())
+    return open_device(where.device, where.keep)
 
 
 def _probe(device: Device, store: Store) -> ProbeRecord:
@@ -337,7 +358,7 @@ def _latency(state: RunState, spec: BenchSpec) -> dict[Place, list[Times]]:
         try:
             engines = [(engine_of(place, built), built) for place, built in working.items()]
             times = bench(state.shop, engines, spec)
-        except OutOfResources:
+        except (OutOfResources, DeviceLost):
             raise
         except EdgexError as error:
             failed = [place for place in working if place.key == error.engine]
@@ -353,10 +374,10 @@ Key = TypeVar("Key")
 
 @contextmanager
 def _fault_noted(faults: dict[Key, EdgexError], key: Key) -> Iterator[None]:
-    """Note the error of one engine and go on with the next; a full disk or memory ends the run."""
+    """Note the error of one engine and go on with the next; a full or lost device ends the run."""
     try:
         yield
-    except OutOfResources:
+    except (OutOfResources, DeviceLost):
         raise
     except EdgexError as error:
         faults[key] = error

@@ -1,7 +1,7 @@
 """Devices as the host sees them: one call per verb of the agent, over some transport.
 
-The agent runs in a process of its own, here as a child: torch's threads cannot disturb it, and an
-engine that crashes or eats the memory takes down nothing else.
+The agent runs in a process of its own, a child here or over SSH there: torch's threads cannot
+disturb it, and an engine that crashes or eats the memory takes down nothing else.
 """
 
 from edgexception.device.contract import (
@@ -17,6 +17,7 @@ from edgexception.device.contract import (
     RuntimeFacts,
 )
 from edgexception.device.local import LocalDevice, local_device
+from edgexception.device.ssh import SshDevice, open_device
 
 __all__ = [
     "BuildRecord",
@@ -30,5 +31,7 @@ __all__ = [
     "Progress",
     "RunRecord",
     "RuntimeFacts",
+    "SshDevice",
     "local_device",
+    "open_device",
 ]

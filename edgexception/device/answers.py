@@ -25,7 +25,7 @@ from edgexception.errors import (
 
 MAX_RESPONSE_BYTES = 16 << 20
 
-_ERRORS: dict[str, type[EdgexError]] = {
+ERRORS: dict[str, type[EdgexError]] = {
     "usage": UsageError,
     "not-possible-here": NotPossibleHere,
     "bad-artifact": BadArtifact,
@@ -69,7 +69,9 @@ def read_answer(
     path = folder / "response.json"
     if code and not os.path.lexists(path):
         said = f"; it last said: {log[-1]}" if log else ""
-        raise EdgexError(
+        # Where the disk is full the answer cannot be written either.
+        full = code == OutOfResources.exit_code
+        raise (OutOfResources if full else EdgexError)(
             f"{verb} on {device}: the agent ended with code {code} and no answer{said}"
         )
     try:
@@ -80,7 +82,7 @@ def read_answer(
         ) from error
     if response.error is not None:
         message = printable(response.error.message)
-        raise _ERRORS[response.error.kind](f"{verb} on {device}: {message}")
+        raise ERRORS[response.error.kind](f"{verb} on {device}: {message}")
     if code:
         raise EdgexError(
             f"{verb} on {device}: the agent said it went well but ended with code {code}"

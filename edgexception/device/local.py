@@ -87,7 +87,7 @@ class LocalDevice:
         progress: Callable[[Progress], None] | None = None,
     ) -> dict[str, Any]:
         """See `Device.call`."""
-        with _full_disk_named(out):
+        with full_disk_named(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
                 asked, answered = Path(work, "request"), Path(work, "response")
@@ -108,12 +108,18 @@ def local_device() -> LocalDevice:
     return LocalDevice()
 
 
-def _write_request(folder: Path, request: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+def check_files(files: Mapping[str, Path]) -> None:
+    """Refuse files of a request with a name that is not plain, and those that are not there."""
     for name, path in files.items():
         if not is_plain_name(name) or name in ("request.json", "response.json"):
             raise UsageError(f"{name!r} is not a plain file name for a request")
         if not path.is_file():
             raise BadArtifact(f"{path} is not there or not a file: make it again")
+
+
+def _write_request(folder: Path, request: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    check_files(files)
+    for name, path in files.items():
         source = path.resolve()
         try:
             os.link(source, folder / name)
@@ -179,7 +185,8 @@ def _lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 @contextmanager
-def _full_disk_named(out: Path) -> Iterator[None]:
+def full_disk_named(out: Path) -> Iterator[None]:
+    """Name the disk of `out` where an error is that a disk is full."""
     try:
         yield
     except OSError as error:
