@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import edgex
 from sshd import ODD, USER, Sshd, Wire, free_port, make_key
 from tiny_engine import tiny_images
 
@@ -144,6 +146,31 @@ def test_the_far_folder_is_private_and_goes_with_the_connection(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npy", "out"]
 
 
+def test_bench_over_ssh_reports_what_a_local_bench_does(
+    sshd: Sshd, world: Path, tmp_path: Path
+) -> None:
+    reports = []
+    flags = ("--target", "cpu-x86", "--runtime", "onnxruntime", "--precision", "fp32", "--json")
+    for there in ((), ("--device", sshd.url)):
+        out = tmp_path / f"out{len(reports)}"
+        done = edgex("bench", world / "net.safetensors", *flags, "--evaluation", world / "test",
+                     "--out", out, *there)  # fmt: skip
+        assert done.code == 0, done.err
+        reports.append(json.loads(done.out))
+    local, remote = reports
+    assert _shape(local) == _shape(remote)
+    assert (local["machine"].pop("device"), remote["machine"].pop("device")) == ("local", sshd.url)
+    assert local["machine"] == remote["machine"]
+    logits = [next((tmp_path / f"out{n}/store").rglob("run/logits.npy")) for n in (0, 1)]
+    assert logits[0].read_bytes() == logits[1].read_bytes()
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _shape(inner) for key, inner in value.items()}
+    return [_shape(value[0])] if isinstance(value, list) and value else None
+
+
 def test_what_is_kept_is_not_sent_again_unless_it_was_changed(
     sshd: Sshd, built: Path, tmp_path: Path
 ) -> None:
@@ -190,7 +217,7 @@ def test_names_and_paths_mean_nothing_to_a_shell(
         run_on(device, built, place / "out $(touch pwned)", None)
         assert len(list(place.glob(PREFIX + "*"))) == 1
     assert not list(place.glob(PREFIX + "*"))
-    with pytest.raises(UsageError, match="has no device 'orin'; did you mean orin; touch pwned"):
+    with pytest.raises(UsageError, match="has no device 'orin'; known: orin; touch pwned"):
         open_device("orin").__enter__()
 
 
@@ -340,7 +367,7 @@ def test_a_killed_far_end_leaves_no_agent(
         assert len(sshd.left()) == 1
         os.utime(sshd.home / sshd.left()[0], (0, 0))
         with at(sshd) as device:
-            device.call("probe", {}, {}, tmp_path / "probe")
+            run_on(device, built, tmp_path / "out", None)
 
 
 def test_a_full_disk_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
