@@ -20,7 +20,8 @@ and none as float. Beside them are
   125 kB of it the same helper functions in all. The FP16 engine has 8 such texts, and 1.2 MB.
 The builder has no option against it: profiling verbosity does not change a byte. A plan that leaves
 the depthwise layers in FP16 does: 29.1 MB, of which 21.4 MB are weights, with 98% of the
-multiply-accumulates in INT8, and half of what the padding adds to the bytes moved is gone.
+multiply-accumulates in INT8; its kernels read and write 1.28 times the bytes of the FP16 engine's,
+with padding 1.74 times.
 """
 
 from __future__ import annotations
