@@ -21,7 +21,7 @@ and none as float. Beside them are
 The builder has no option against it: profiling verbosity does not change a byte. A plan that leaves
 the depthwise layers in FP16 does: 29.1 MB, of which 21.4 MB are weights, with 98% of the
 multiply-accumulates in INT8; its kernels read and write 1.28 times the bytes of the FP16 engine's,
-with padding 1.74 times.
+with padding 1.74 times (at 299x299: 29.3 MB, and 1.77 for 2.52 times).
 """
 
 from __future__ import annotations
