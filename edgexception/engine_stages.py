@@ -120,7 +120,7 @@ def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
     if target.arch != machine.arch:
         raise NotPossibleHere(
             f"target {spec.target} is {target.arch}, and this machine is {machine.arch}: run the "
-            "recipe on such a machine"
+            "recipe on such a machine, or name one with --device"
         )
     for runtime in spec.runtime_names:
         if reason := why_not_built(spec.target, runtime, machine):

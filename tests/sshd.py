@@ -14,15 +14,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from tiny_engine import tiny_images
+
+from edgexception.device import Device, SshDevice
+from edgexception.device.address import SshAddress
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 CLIENT = shutil.which("ssh")
 USER = __import__("pwd").getpwuid(os.getuid()).pw_name
 ODD = "a home; touch pwned $(touch pwned) `touch pwned` & 'q' *"
+
+ASKED = {"runtime": "onnxruntime", "batch": 2, "threads": 1}
+RUN = {**ASKED, "engine": "engine.onnx", "manifest": "engine.json"}
+LONG = {"warmup_ms": 60_000, "duration_ms": 60_000, "min_iterations": 1}
+SHORT = {"warmup_ms": 1, "duration_ms": 1, "min_iterations": 5}
 
 
 class Sshd:
@@ -162,3 +174,37 @@ def wait_for_port(port: int) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def run_on(
+    device: Device, built: Path, out: Path, times: dict[str, int] | None, step: Any = None
+) -> dict[str, Any]:
+    images = out.with_name("images.npy")
+    np.save(images, tiny_images(5))
+    files = {name: built / name for name in ("engine.onnx", "engine.json")}
+    asked = {**RUN, "images": "images.npy", "timing": times}
+    return device.call("run", asked, {**files, "images.npy": images}, out, step)
+
+
+def at(sshd: Sshd, **changes: Any) -> SshDevice:
+    fields = {"host": "127.0.0.1", "user": USER, "port": sshd.port, **changes}
+    return SshDevice("orin", SshAddress(**fields))
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def processes(sshd: Sshd) -> dict[int, str]:
+    """The processes whose folder is one of ours on the device, with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(sshd.home) in os.readlink(entry / "cwd"):
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # noqa: PERF203 - a process may end meanwhile
+            continue
+    return found

@@ -45,6 +45,7 @@ SILENCE_S = 60.0
 """How often a waiting host says that it is still there, and how long silence is borne."""
 MAX_LINE_BYTES = 16 << 10
 LOG_LINES = 200
+MAX_LOGGED_BYTES = 2000
 MAX_MESSAGE_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 18
 OLDEST_PYTHON = (3, 10)
@@ -75,7 +76,8 @@ class Pipe:
         self.reads = reads
         self.writes = writes
         self.waiting = waiting
-        """Called every few seconds while nothing comes."""
+        """Called while this side listens and has sent nothing for a few seconds."""
+        self.sent = time.monotonic()
         self.buffer = b""
         self._readable = select.poll()
         self._readable.register(reads, select.POLLIN)
@@ -88,7 +90,7 @@ class Pipe:
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
-        rest = memoryview(data)
+        self.sent, rest = time.monotonic(), memoryview(data)
         try:
             while rest:
                 rest = rest[os.write(self.writes, rest) :]
@@ -126,8 +128,11 @@ class Pipe:
 
     def fill(self) -> None:
         """Wait for bytes and put them into the buffer."""
-        while not self._readable.poll(STILL_S * 1000):
-            self.waiting()
+        ready = False
+        while not ready:
+            if time.monotonic() - self.sent > STILL_S:
+                self.waiting()
+            ready = bool(self._readable.poll(STILL_S * 1000))
         try:
             chunk = os.read(self.reads, CHUNK_BYTES)
         except OSError as error:
@@ -151,12 +156,13 @@ class FarEnd:
 
     def __init__(self, pipe: Pipe, opening: Mapping[str, Any]) -> None:
         self.pipe = pipe
-        place = Path(opening["place"] or "~").expanduser()
+        place = Path(opening["place"] or "~").expanduser().absolute()
         self.python = _python(opening["python"])
         kept = _private(place / KEPT) if opening["keep"] else None
         _clear_abandoned(place)
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))  # mode 0700
         self.lock = _locked(self.folder)
+        os.chdir(self.folder)
         self.files = kept or _private(self.folder / "files")
         self.verified: set[str] = set()
 
@@ -256,7 +262,7 @@ class FarEnd:
                 if line.startswith(b"{"):
                     self.pipe.send({"op": "line"}, line)
                 else:
-                    log.append(line.decode("utf-8", "replace"))
+                    log.append(line[:MAX_LOGGED_BYTES].decode("utf-8", "replace"))
             return child.wait(), list(log)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):

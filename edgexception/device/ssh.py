@@ -186,7 +186,7 @@ class SshDevice:
             elif progress is not None:
                 progress(step)
             answer = self._ask(pipe, None, "line", "ended")
-        for name, (size, digest) in answer["files"].items():
+        for name, (size, digest) in dict(answer["files"]).items():
             if is_plain_name(name):
                 self._get(pipe, answered / name, size, digest)
         log = [*lines, *map(printable, map(str, answer["log"]))][-remote.LOG_LINES :]

@@ -4,98 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command import edgex
-from sshd import ODD, USER, Sshd, Wire, free_port, make_key
-from tiny_engine import tiny_images
+from sshd import ASKED, LONG, ODD, SHORT, Sshd, at, free_port, make_key, run_on
 
 from edgexception.agent.remote import KEPT, PREFIX, sha256_of
-from edgexception.device import Device, Progress, SshDevice, local_device, open_device
-from edgexception.device.address import SshAddress
+from edgexception.device import Progress, local_device, open_device
 from edgexception.device.archive import agent_archive
-from edgexception.errors import (
-    BadArtifact,
-    DeviceLost,
-    NotPossibleHere,
-    OutOfResources,
-    UsageError,
-)
-
-ASKED = {"runtime": "onnxruntime", "batch": 2, "threads": 1}
-RUN = {**ASKED, "engine": "engine.onnx", "manifest": "engine.json"}
-LONG = {"warmup_ms": 60_000, "duration_ms": 60_000, "min_iterations": 1}
-SHORT = {"warmup_ms": 1, "duration_ms": 1, "min_iterations": 5}
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    device = Sshd(tmp_path_factory.mktemp("sshd"))
-    yield device
-    device.stop()
-
-
-@pytest.fixture(autouse=True)
-def sshd(machine: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
-    """The device, with its client first on the PATH; after every test nothing is left on it."""
-    monkeypatch.setenv("PATH", f"{machine.folder / 'bin'}:{os.environ['PATH']}")
-    known = machine.known_hosts.read_text()
-    yield machine
-    machine.known_hosts.write_text(known)
-    wait_until(lambda: not machine.left())
-    assert not list(machine.folder.parent.rglob("pwned"))
-    assert not Path.home().joinpath("pwned").exists()
-
-
-@pytest.fixture(scope="module")
-def built(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine as this machine builds it by itself."""
-    out = tmp_path_factory.mktemp("built") / "out"
-    local_device().call("build", {**ASKED, "model": "m"}, {"m": tiny_onnx}, out)
-    return out
-
-
-def run_on(
-    device: Device, built: Path, out: Path, times: dict[str, int] | None, step: Any = None
-) -> dict[str, Any]:
-    images = out.with_name("images.npy")
-    np.save(images, tiny_images(5))
-    files = {name: built / name for name in ("engine.onnx", "engine.json")}
-    asked = {**RUN, "images": "images.npy", "timing": times}
-    return device.call("run", asked, {**files, "images.npy": images}, out, step)
-
-
-def at(sshd: Sshd, **changes: Any) -> SshDevice:
-    fields = {"host": "127.0.0.1", "user": USER, "port": sshd.port, **changes}
-    return SshDevice("orin", SshAddress(**fields))
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def processes(sshd: Sshd) -> dict[int, str]:
-    """The processes whose folder is one of ours on the device, with their command lines."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(sshd.home) in os.readlink(entry / "cwd"):
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # noqa: PERF203 - a process may end meanwhile
-            continue
-    return found
-
+from edgexception.errors import BadArtifact, DeviceLost, NotPossibleHere, UsageError
 
 # --- what works -----------------------------------------------------------------------------------
 
@@ -297,128 +218,3 @@ def test_without_a_client_there_is_no_device(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NotPossibleHere, match="install openssh-client"), at(sshd) as device:
         device.call("probe", {}, {}, tmp_path / "out")
-
-
-# --- what breaks in the middle --------------------------------------------------------------------
-
-
-def test_a_connection_cut_while_a_file_is_sent(sshd: Sshd, tmp_path: Path) -> None:
-    (tmp_path / "model").write_bytes(os.urandom(3 << 20))
-    wire = Wire(sshd.port, cut_after=1 << 20)
-    sshd.know(wire.port)
-    with (
-        pytest.raises(DeviceLost, match=r"build on orin: the connection ended.*again"),
-        at(sshd, port=wire.port) as device,
-    ):
-        device.call("build", {}, {"m": tmp_path / "model"}, tmp_path / "out")
-    wait_until(lambda: not sshd.left())
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_connection_cut_while_the_agent_measures(sshd: Sshd, built: Path, tmp_path: Path) -> None:
-    wire = Wire(sshd.port)
-    sshd.know(wire.port)
-    agents: dict[int, str] = {}
-
-    def cut(step: Progress) -> None:
-        if step.what == "timing":
-            agents.update(processes(sshd))
-            wire.cut()
-
-    with at(sshd, port=wire.port) as device:
-        with pytest.raises(DeviceLost, match="run on orin: the connection ended"):
-            run_on(device, built, tmp_path / "out", LONG, cut)
-        assert any(" run " in command for command in agents.values())
-        wait_until(lambda: not processes(sshd))
-        wait_until(lambda: not sshd.left())
-        device.address = device.address.model_copy(update={"port": sshd.port})
-        run_on(device, built, tmp_path / "out", None)  # it connects anew
-
-
-def test_a_killed_agent_is_out_of_resources_and_the_device_stays(
-    sshd: Sshd, built: Path, tmp_path: Path
-) -> None:
-    def kill(step: Progress) -> None:
-        if step.what == "timing":
-            for pid, command in processes(sshd).items():
-                if " run " in command:
-                    os.kill(pid, signal.SIGKILL)
-
-    with at(sshd) as device:
-        with pytest.raises(OutOfResources, match="run on orin: the agent's process was killed"):
-            run_on(device, built, tmp_path / "out", LONG, kill)
-        run_on(device, built, tmp_path / "out", None)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_far_end_leaves_no_agent(
-    sshd: Sshd, built: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    def kill(step: Progress) -> None:
-        if step.what == "timing":
-            agent = next(pid for pid, command in processes(sshd).items() if " run " in command)
-            parent = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1]
-            os.kill(int(parent), number)
-
-    with at(sshd) as device, pytest.raises(DeviceLost):
-        run_on(device, built, tmp_path / "out", LONG, kill)
-    wait_until(lambda: not processes(sshd))
-    if number == signal.SIGKILL:  # it could not clear up: the next one does
-        assert len(sshd.left()) == 1
-        os.utime(sshd.home / sshd.left()[0], (0, 0))
-        with at(sshd) as device:
-            run_on(device, built, tmp_path / "out", None)
-
-
-def test_a_full_disk_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on the size of files stands for the disk: each makes a write fail in the middle."""
-    full = Sshd(tmp_path / "full", file_limit=1 << 20)
-    monkeypatch.setenv("PATH", f"{full.folder / 'bin'}:{os.environ['PATH']}")
-    (tmp_path / "model").write_bytes(os.urandom(2 << 20))
-    try:
-        with (
-            pytest.raises(OutOfResources, match=f"{full.url}: .*File too large; free some space"),
-            open_device(full.url) as device,
-        ):
-            device.call("build", {}, {"m": tmp_path / "model"}, tmp_path / "out")
-        wait_until(lambda: not full.left())
-    finally:
-        full.stop()
-
-
-HOST = """
-import sys
-from pathlib import Path
-from edgexception.device import open_device
-timing = {"warmup_ms": 60_000, "duration_ms": 60_000, "min_iterations": 1}
-asked = {"runtime": "onnxruntime", "batch": 2, "threads": 1, "engine": "engine.onnx",
-         "manifest": "engine.json", "images": None, "timing": timing}
-built, out = Path(sys.argv[2]), Path(sys.argv[3])
-files = {name: built / name for name in ("engine.onnx", "engine.json")}
-with open_device(sys.argv[1]) as device:
-    device.call("run", asked, files, out, lambda step: print(step.what, flush=True))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_survives_an_interrupted_host(
-    sshd: Sshd, built: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    host = subprocess.Popen(
-        [sys.executable, "-c", HOST, sshd.url, str(built), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert host.stdout is not None
-    assert any(line == "timing\n" for line in host.stdout)
-    assert any(" run " in command for command in processes(sshd).values())
-    host.send_signal(number)
-    _, errors = host.communicate(timeout=30)
-    if number == signal.SIGINT:
-        assert errors.rstrip().endswith("KeyboardInterrupt")
-        assert processes(sshd) == {}, "they were ended before the host went on"
-        assert sshd.left() == []
-        assert list(tmp_path.iterdir()) == []
-    wait_until(lambda: not processes(sshd))
