@@ -62,6 +62,7 @@ class Workshop:
             "python": self.machine.python,
             "numpy": self.machine.numpy,
             "board": self.machine.board,
+            "power_mode": self.machine.power_mode,
             "cores": self.machine.cpu.usable_cores,
             "cpu": self.machine.cpu.model,
             "flags": list(self.machine.cpu.flags),

@@ -12,6 +12,7 @@ import resource
 import time
 from pathlib import Path
 
+from edgexception.agent.jetson import Tegrastats
 from edgexception.agent.machine import read_text
 
 INTERVAL_NS = 250_000_000
@@ -25,6 +26,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.samples: list[dict[str, object]] = []
+        self._tegrastats = Tegrastats()
         cpus = sorted(os.sched_getaffinity(0))[:64]
         frequencies = [_CPU / f"cpu{cpu}/cpufreq/scaling_cur_freq" for cpu in cpus]
         self._frequencies = [path for path in frequencies if path.is_file()]
@@ -53,8 +55,13 @@ class Telemetry:
                 "rss_bytes": memory_bytes("VmRSS"),
                 "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
                 "stolen_ticks": _stolen_ticks(),
+                "tegrastats": self._tegrastats.read(),
             }
         )
+
+    def close(self) -> None:
+        """End what was started to observe."""
+        self._tegrastats.close()
 
     def _mhz(self) -> list[float]:
         """MHz per core this process may use; [] where the kernel does not say."""

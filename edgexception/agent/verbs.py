@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.agent import machine, manifest, runtimes, timing
+from edgexception.agent import jetson, machine, manifest, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
@@ -64,7 +64,8 @@ def probe(request: Request, out: Path) -> None:
         for name in runtimes.MODULES
     }
     found = {name: _described(name, child) for name, child in children.items()}
-    answer(out, {**machine.facts(), "numpy": np.__version__, "runtimes": found}, ())
+    facts = {**machine.facts(), "power_mode": jetson.power_mode(), "numpy": np.__version__}
+    answer(out, {**facts, "runtimes": found}, ())
 
 
 def _described(name: str, child: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -140,6 +141,7 @@ def run(request: Request, out: Path) -> None:
             np.save(out / "logits.npy", logits, allow_pickle=False)
             files.append("logits.npy")
     telemetry.sample()
+    telemetry.close()
     write_json(out / "telemetry.json", telemetry.samples)
     record["peak_rss_bytes"] = memory_bytes("VmHWM")
     answer(out, record, tuple(files))

@@ -102,6 +102,8 @@ class ProbeRecord(Facts):
     board: str | None
     cpu: CpuFacts
     memory: MemoryFacts
+    power_mode: str | None = None
+    """A Jetson's, as nvpmodel calls it; None elsewhere."""
     numpy: str
     runtimes: dict[str, RuntimeFacts]
     log: list[str] = Field(default_factory=list)

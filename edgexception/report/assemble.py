@@ -164,6 +164,7 @@ def _machine(found: Findings) -> Machine:
         system=machine.system,
         python=machine.python,
         board=machine.board,
+        power_mode=machine.power_mode,
         cpu=machine.cpu.model,
         cores=machine.cpu.usable_cores,
         vnni=machine.cpu.vnni,

@@ -294,6 +294,7 @@ class Machine(Record):
     system: str
     python: str
     board: str | None
+    power_mode: str | None = None
     cpu: str | None
     cores: int
     vnni: bool

@@ -148,3 +148,11 @@ def test_sections_that_were_not_run_are_named() -> None:
 def test_a_run_that_ended_early_says_that_its_gates_were_not_judged() -> None:
     whole = report((row(status="built"),), Gates(top1_min=0.5), gates=())
     assert "None: the run ended before anything was measured." in to_markdown(whole)
+
+
+def test_another_machine_is_named_with_its_power_mode() -> None:
+    here = report()
+    assert "Machine: a processor, 2 cores, VNNI, Linux" in to_markdown(here)
+    machine = here.machine.model_copy(update={"device": "ssh://orin", "power_mode": "15W"})
+    text = to_markdown(here.model_copy(update={"machine": machine}))
+    assert "Machine: ssh://orin, a processor, 2 cores, power mode 15W, VNNI" in text
