@@ -53,6 +53,16 @@ def architectures(draw: st.DrawFn) -> Architecture:
     )
 
 
+@st.composite
+def deeper_architectures(draw: st.DrawFn) -> Architecture:
+    """Members of the family with any number of middle blocks of any widths, too."""
+    base = draw(architectures())
+    residual = base.entry[-1][-1] if base.entry else base.stem[-1]
+    inner = st.lists(st.sampled_from((4, 8, 12)), max_size=2)
+    middle = draw(st.lists(inner.map(lambda widths: (*widths, residual)), max_size=3))
+    return Architecture.model_validate({**dict(base), "middle": tuple(middle)})
+
+
 sizes = st.tuples(st.integers(32, 47), st.integers(32, 47))
 
 

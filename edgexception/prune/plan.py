@@ -6,6 +6,7 @@ of every layer that reads it. What a layer costs follows from the widths of two 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,7 +132,7 @@ class PrunePlan(_Data):
     @model_validator(mode="after")
     def _ascending(self) -> PrunePlan:
         for name, kept in self.kept.items():
-            if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+            if any(a >= b for a, b in itertools.pairwise(kept)):
                 raise ValueError(f"the channels that {name} keeps are not in ascending order")
         return self
 

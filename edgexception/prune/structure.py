@@ -38,7 +38,7 @@ def structure_of(architecture: Architecture, input_size: tuple[int, int]) -> Str
             positions=positions[node.name],
             taps=layer.weight[0, 0].numel(),
             segments=architecture.segments if is_spatial(node) else 1,
-            vectors=_vectors(network, node, layer),
+            vectors=_vectors(node, layer),
         )
         for node, layer in _weighted(network, graph)
     ]
@@ -97,12 +97,9 @@ def _weighted(network: Xception, graph: fx.Graph) -> list[tuple[fx.Node, nn.Conv
     return found
 
 
-def _vectors(network: Xception, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> int:
-    readers = [
-        network.get_submodule(str(user.target)) for user in node.users if user.op != "output"
-    ]
-    norms = [reader for reader in readers if isinstance(reader, nn.BatchNorm2d)]
-    return 2 * len(norms) + (layer.bias is not None)
+def _vectors(node: fx.Node, layer: nn.Conv2d | nn.Linear) -> int:
+    norms = sum(str(user.target).endswith("_bn") for user in node.users)
+    return 2 * norms + (layer.bias is not None)
 
 
 def _positions(network: Xception, graph: fx.Graph, input_size: tuple[int, int]) -> dict[str, int]:

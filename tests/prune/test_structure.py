@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch_pruning
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from narrow import architectures, preprocess_of
+from narrow import deeper_architectures, preprocess_of
 from torch import nn
 
 from edgexception.architecture import Architecture
@@ -17,16 +16,6 @@ from edgexception.prune.structure import structure_of
 
 End = tuple[str, str]
 """A layer, and its side: "in" or "out"."""
-
-
-@st.composite
-def deeper(draw: st.DrawFn) -> Architecture:
-    """Members of the family with middle blocks of any number and widths, too."""
-    base = draw(architectures())
-    residual = base.entry[-1][-1] if base.entry else base.stem[-1]
-    inner = st.lists(st.sampled_from((4, 8, 12)), max_size=2)
-    middle = draw(st.lists(inner.map(lambda widths: (*widths, residual)), max_size=3))
-    return Architecture.model_validate({**dict(base), "middle": tuple(middle)})
 
 
 def ours(architecture: Architecture) -> set[frozenset[End]]:
@@ -71,7 +60,7 @@ def tied(groups: set[frozenset[End]], architecture: Architecture) -> set[frozens
 
 
 @settings(max_examples=12, deadline=None)
-@given(deeper())
+@given(deeper_architectures())
 @example(Architecture(stem=(4, 8), entry=((8, 12),), middle=((12,), (4, 8, 12)), exit=(8,)))
 def test_groups_are_those_of_torch_pruning(architecture: Architecture) -> None:
     expected = theirs(architecture)
@@ -82,7 +71,7 @@ def test_groups_are_those_of_torch_pruning(architecture: Architecture) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(deeper())
+@given(deeper_architectures())
 def test_costs_are_those_of_the_network(architecture: Architecture) -> None:
     structure = structure_of(architecture, (37, 40))
     widths = structure.widths

@@ -1,0 +1,214 @@
+"""Which channels stay within a budget: the widths that lose the least, in steps of an alignment.
+
+What a group loses with the channels that it gives up is its importance times the logarithm of the
+share that stays. To first order that is the importance removed; and no group can be emptied, for
+what passes through a network passes through every group of it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgexception.errors import UsageError
+from edgexception.prune.plan import Group, LayerShape, Ranking, Structure
+
+Scores = Mapping[str, NDArray[np.float64]]
+"""Importance of every channel of every group, by the name of the group; 0 or more."""
+Kept = dict[str, tuple[int, ...]]
+
+
+def solve(
+    structure: Structure,
+    scores: Scores,
+    ranking: Ranking,
+    align: int,
+    budgets: Mapping[str, float],
+) -> Kept:
+    """Return what every group that is cut keeps: the most important channels, ascending.
+
+    `budgets` are shares of the network's "macs" and "parameters". A width that is cut becomes a
+    multiple of `align`. local: every group keeps the same share, rounded down. global: what a group
+    keeps follows from its importance and from what its channels cost.
+
+    Raises UsageError for an alignment larger than a group, and for a budget that no widths meet;
+    both name the nearest value that is possible.
+    """
+    groups = [group for group in structure.groups if not group.fixed]
+    _check_align(groups, align)
+    problem = _Problem(structure, budgets)
+    least = problem.widths | {group.name: min(group.step(align), group.width) for group in groups}
+    _check_budgets(problem, least, align)
+    search = _same_share if ranking == "local" else _least_loss
+    widths = search(problem, groups, scores, align)
+    return {
+        group.name: tuple(sorted(_best_first(group, scores[group.name])[: widths[group.name]]))
+        for group in groups
+        if widths[group.name] < group.width
+    }
+
+
+class _Problem:
+    """The network's cost at any widths, as shares of what it costs now."""
+
+    def __init__(self, structure: Structure, budgets: Mapping[str, float]) -> None:
+        self.widths = structure.widths
+        self.layers = structure.layers
+        self.budgets = budgets
+        self.whole = {name: self._cost(name, self.layers, self.widths) for name in budgets}
+        self.touching = {
+            group.name: [la for la in self.layers if group.name in (la.inputs, la.outputs)]
+            for group in structure.groups
+        }
+
+    def shares(self, widths: Mapping[str, int]) -> dict[str, float]:
+        return {
+            name: self._cost(name, self.layers, widths) / self.whole[name] for name in self.budgets
+        }
+
+    def exceeded(self, shares: Mapping[str, float]) -> list[str]:
+        return [name for name, budget in self.budgets.items() if shares[name] > budget]
+
+    def changed(self, widths: Mapping[str, int], group: str, width: int) -> dict[str, float]:
+        """Return how much the shares fall when a group gets another width."""
+        layers, other = self.touching[group], {**widths, group: width}
+        return {
+            name: (self._cost(name, layers, widths) - self._cost(name, layers, other))
+            / self.whole[name]
+            for name in self.budgets
+        }
+
+    @staticmethod
+    def _cost(budget: str, layers: Iterable[LayerShape], widths: Mapping[str, int]) -> int:
+        if budget == "macs":
+            return sum(layer.macs(widths) for layer in layers)
+        return sum(layer.parameters(widths) for layer in layers)
+
+
+def _check_align(groups: list[Group], align: int) -> None:
+    group = min(groups, key=lambda group: group.width - group.step(align))
+    if group.step(align) <= group.width:
+        return
+    nearest = next(a for a in range(align, 0, -1) if all(g.step(a) <= g.width for g in groups))
+    parts = f" in {group.segments} segments" if group.segments > 1 else ""
+    raise UsageError(
+        f"prune.align: {align} is more than the {group.width} channels{parts} of {group.name} can "
+        f"be cut to; the nearest possible value is {nearest}"
+    )
+
+
+def _check_budgets(problem: _Problem, least: Mapping[str, int], align: int) -> None:
+    shares = problem.shares(least)
+    for name in problem.exceeded(shares):
+        nearest = math.ceil(shares[name] * 10_000) / 10_000
+        raise UsageError(
+            f"prune.{name}: {problem.budgets[name]:g} of the network's {name} cannot be reached: "
+            f"with every width at its least, a multiple of {align}, {shares[name]:.4f} are left; "
+            f"the nearest possible value is {nearest:g}"
+            + (", and a smaller prune.align leaves less" if align > 1 else "")
+        )
+
+
+def _best_first(group: Group, scores: NDArray[np.float64]) -> list[int]:
+    """Return a group's channels, the most important first, those of its segments in turns."""
+    parts = np.arange(group.width).reshape(group.segments, -1)
+    ranked = [part[np.argsort(-scores[part], kind="stable")] for part in parts]
+    return [int(channel) for turn in zip(*ranked, strict=True) for channel in turn]
+
+
+def _same_share(
+    problem: _Problem, groups: list[Group], scores: Scores, align: int
+) -> dict[str, int]:
+    """Return the widths of the largest share of all groups that holds the budgets."""
+
+    def widths_at(share: float) -> dict[str, int]:
+        cut = {}
+        for group in groups:
+            step = group.step(align)
+            # Shares are quotients of widths, and their products must not end below a multiple.
+            multiple = math.floor(share * group.width / step + 1e-9) * step
+            cut[group.name] = group.width if share == 1.0 else max(step, multiple)
+        return {**problem.widths, **cut}
+
+    shares = sorted(
+        {k / group.width for group in groups for k in _steps(group, align)} | {1.0}, reverse=True
+    )
+    # The first, going down, that holds; the smallest does, for every group has its least width.
+    first = bisect.bisect_left(
+        shares, True, key=lambda share: not problem.exceeded(problem.shares(widths_at(share)))
+    )
+    return widths_at(shares[min(first, len(shares) - 1)])
+
+
+def _steps(group: Group, align: int) -> range:
+    return range(group.step(align), group.width, group.step(align))
+
+
+@dataclass
+class _Ladder:
+    """The widths that a group can have, ascending, what each loses, and which one it has."""
+
+    rungs: list[int]
+    losses: list[float]
+    at: int
+
+    @property
+    def width(self) -> int:
+        return self.rungs[self.at]
+
+
+def _ladder(group: Group, scores: NDArray[np.float64], align: int) -> _Ladder:
+    rungs = [*_steps(group, align), group.width]
+    kept = np.cumsum(scores[_best_first(group, scores)])
+    total = float(kept[-1])
+    losses = [total * math.log(total / kept[w - 1]) if total > 0 else 0.0 for w in rungs]
+    return _Ladder(rungs, losses, len(rungs) - 1)
+
+
+def _least_loss(
+    problem: _Problem, groups: list[Group], scores: Scores, align: int
+) -> dict[str, int]:
+    """Return widths that hold the budgets and lose little.
+
+    Step by step, the group goes down one rung that loses least for what it saves of the budgets
+    that do not hold yet. Then groups go up again where the last steps saved more than was needed.
+    """
+    ladders = {group.name: _ladder(group, scores[group.name], align) for group in groups}
+    widths = dict(problem.widths)
+    shares = problem.shares(widths)
+
+    def rate(name: str, to: int, of: Iterable[str]) -> float:
+        """Return the loss over the saving of a group's step to another rung."""
+        ladder = ladders[name]
+        saved = problem.changed(widths, name, ladder.rungs[to])
+        loss = ladder.losses[to] - ladder.losses[ladder.at]
+        return loss / sum(saved[budget] / problem.budgets[budget] for budget in of)
+
+    def go(name: str, to: int) -> None:
+        ladder = ladders[name]
+        for budget, saved in problem.changed(widths, name, ladder.rungs[to]).items():
+            shares[budget] -= saved
+        ladder.at = to
+        widths[name] = ladder.width
+
+    while exceeded := problem.exceeded(shares):
+        lower = [name for name, ladder in ladders.items() if ladder.at > 0]
+        best = min(lower, key=lambda name: rate(name, ladders[name].at - 1, exceeded))
+        go(best, ladders[best].at - 1)
+
+    def fits(name: str) -> bool:
+        ladder = ladders[name]
+        if ladder.at + 1 == len(ladder.rungs):
+            return False
+        saved = problem.changed(widths, name, ladder.rungs[ladder.at + 1])
+        return not problem.exceeded({b: shares[b] - saved[b] for b in shares})
+
+    while higher := [name for name in ladders if fits(name)]:
+        best = max(higher, key=lambda name: rate(name, ladders[name].at + 1, problem.budgets))
+        go(best, ladders[best].at + 1)
+    return widths
