@@ -57,6 +57,19 @@ _MODEL: dict[str, Any] = {
     "resize": _option(str | None, "stretch or shortest-side."),
     "interpolation": _option(str | None, "nearest, bilinear, bicubic or lanczos."),
 }
+_PRUNE: dict[str, Any] = _MODEL | {
+    "macs": _option(float | None, "Share of the multiply-accumulates that is left: 0.5."),
+    "parameters": _option(float | None, "Share of the parameters that is left."),
+    "importance": _option(
+        str | None, "magnitude (default), batchnorm, activation or taylor; the last two on photos."
+    ),
+    "ranking": _option(str | None, "global (default) or local: every layer loses the same share."),
+    "align": _option(int | None, "Cut widths become multiples of this. Default: 8."),
+    "calibration": _option(Path | None, "Photos to measure importance on."),
+    "images": _option(int | None, "How many calibration images to take. Default: 128."),
+    "evaluation": _option(Path | None, "Other photos, to compare with the unpruned network on."),
+    "plan_only": _option(bool, "Say which widths would be cut, and cut nothing.", "--plan-only"),
+}
 _QUANTIZE: dict[str, Any] = _MODEL | {
     "calibration": _option(Path | None, "Photos to calibrate on: a folder, .csv or .jsonl."),
     "images": _option(int | None, "How many calibration images to take. Default: 128."),
@@ -99,16 +112,18 @@ def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> N
             from edgexception.short_form import Flags, recipe_of
 
             device, keep = given.pop("device", None), given.pop("keep", False)
+            end: Last = "prune-plan" if given.pop("plan_only", False) else last
             said: dict[str, Any] = {
                 key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
             }
             recipe = recipe_of(source, Flags(**said), last)
-            _run(recipe, last, out, json_, quiet, device, keep)
+            _run(recipe, end, out, json_, quiet, device, keep)
 
     command.__doc__ = text
     annotations = {"source": Source, **flags, "out": Out, "json_": Json, "quiet": Quiet}
     command.__annotations__ = annotations
-    defaults: dict[str, Any] = {"json_": False, "quiet": False, "keep": False}
+    switches = ("json_", "quiet", "keep", "plan_only")
+    defaults: dict[str, Any] = dict.fromkeys(switches, False)
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
@@ -132,7 +147,7 @@ def run_recipe(
     device: Device = None,
     keep: Keep = False,
 ) -> None:
-    """Run a whole recipe: import, quantize, export, build, measure, report, gates."""
+    """Run a whole recipe: import, prune, quantize, export, build, measure, report, gates."""
     with exit_codes():
         from edgexception.recipe_file import load_recipe
 
@@ -140,6 +155,7 @@ def run_recipe(
 
 
 _stage_command("import", "import", _MODEL, "Read a trained network and check it.")
+_stage_command("prune", "prune", _PRUNE, "Take out the channels that matter least.")
 _stage_command("quantize", "quantize", _QUANTIZE, "Quantize to INT8 on calibration photos.")
 _stage_command(
     "sensitivity", "sensitivity", _EXPORT, "Measure what each edge and weight costs in INT8."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -25,8 +25,9 @@ from edgexception.device import Device, ProbeRecord, Progress, local_device, ope
 from edgexception.engine_stages import bench, build, evaluate, places_of
 from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, first_images
-from edgexception.model_stages import find_checkpoint, import_model
+from edgexception.model_stages import card_of, find_checkpoint, import_model
 from edgexception.output import open_output
+from edgexception.prune_stages import apply_pruning, plan_pruning
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
@@ -39,6 +40,7 @@ from edgexception.recipe import (
 from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.report.assemble import Measured, Place, build_record, report_of
 from edgexception.report.network import Network
+from edgexception.report.pruning import effect_of
 from edgexception.report.record import Report, StageLine
 from edgexception.run_state import RunState, engine_of, findings, publish
 from edgexception.sources import list_source
@@ -52,8 +54,10 @@ from edgexception.stages import (
 from edgexception.targets import Form, find_dialect, find_target, load_targets
 from edgexception.workshop import Workshop
 
-Last = Literal["import", "quantize", "sensitivity", "export", "build", "bench"]
-LAST: tuple[Last, ...] = ("import", "quantize", "sensitivity", "export", "build", "bench")
+Last = Literal[
+    "import", "prune-plan", "prune", "quantize", "sensitivity", "export", "build", "bench"
+]
+LAST: tuple[Last, ...] = get_args(Last)
 
 NOT_READ = "no runtime on this machine reads it"
 
@@ -112,8 +116,10 @@ def run(
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
         places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
-        if _reaches(last, "quantize"):
+        if _reaches(last, "prune-plan"):
             _open_photos(state)
+            _prune(state, last)
+        if _reaches(last, "quantize"):
             _quantize(state)
         if last == "sensitivity":  # nothing else needs it
             _sensitivity(state)
@@ -149,7 +155,7 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
         find_checkpoint(recipe.model.path)
     if not isinstance(recipe.model, CheckpointModel):
         sources.append(recipe.model.source)
-    if _reaches(last, "quantize"):
+    if _reaches(last, "prune-plan"):
         if isinstance(recipe.quantize, QatSpec) and recipe.quantize.source is not None:
             sources.append(recipe.quantize.source)
         sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]
@@ -199,6 +205,30 @@ def _check_classes(labelled: ImageSet, card: Network, what: str) -> None:
             f"{card.outputs} outputs: list the class names in the order of the outputs as "
             "model.classes (--classes)"
         )
+
+
+def _prune(state: RunState, last: Last) -> None:
+    """Plan, and unless the plan is all that was asked for, go on with the pruned network."""
+    spec = state.recipe.prune
+    if spec is None:
+        return
+    whole = state.model
+    state.pruning = plan_pruning(state.shop, whole, spec, state.calibration)
+    if last == "prune-plan":
+        return
+    state.model = apply_pruning(state.shop, whole, state.pruning)
+    state.card = card_of(state.model)
+    # Other commands need no evaluation of the float networks, which can take long.
+    if state.evaluation is not None and last in ("prune", "bench"):
+        before, after = (
+            np.load(answers.file("logits.npy"), allow_pickle=False)
+            for answers in (
+                reference(state.shop, whole, state.evaluation, "unpruned, for evaluation"),
+                reference(state.shop, state.model, state.evaluation, "for evaluation"),
+            )
+        )
+        labels = None if state.labelled is None else state.labelled.labels
+        state.pruning_effect = effect_of(before, after, labels)
 
 
 def _quantize(state: RunState) -> None:

@@ -17,6 +17,7 @@ from edgexception.targets import Activations, Precision, find_target
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Budget = Annotated[float, Field(gt=0.0, lt=1.0)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -266,6 +267,39 @@ class QatSpec(PtqSpec):
         return PtqSpec(**{**fields, "method": "ptq"})
 
 
+class PruneSpec(Spec):
+    """Fewer channels: as many as a budget leaves, those that matter most.
+
+    One budget at least; of two, both hold.
+    """
+
+    macs: Budget | None = None
+    """Share of the network's multiply-accumulates that is left."""
+    parameters: Budget | None = None
+    """Share of its parameters that is left."""
+    importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "magnitude"
+    """magnitude: the norm of a channel's weights, BatchNorm folded in. batchnorm: its factor there.
+    activation: its mean size on calibration images. taylor: how much the logits of calibration
+    images would change without it, to first order. No labels are used."""
+    ranking: Literal["global", "local"] = "global"
+    """global: how much each layer loses follows from its importance and its cost. local: all lose
+    the same share."""
+    align: Annotated[int, Field(ge=1, le=1024)] = 8
+    """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
+    or 32 channels at once; the rest of such a set is computed and thrown away."""
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        found = {"macs": self.macs, "parameters": self.parameters}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether the importance is measured on calibration images."""
+        return self.importance in ("activation", "taylor")
+
+
 QuantizeSpec = Annotated[PtqSpec | QatSpec, Field(discriminator="method")]
 
 
@@ -355,6 +389,7 @@ class Recipe(Spec):
     model: ModelSpec
     calibration: CalibrationSpec | None = None
     evaluation: EvaluationSpec | None = None
+    prune: PruneSpec | None = None
     quantize: QuantizeSpec | None = None
     export: ExportSpec = ExportSpec()
     targets: tuple[TargetSpec, ...] = ()

@@ -63,6 +63,20 @@ def _quantize_calibrates(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
+    spec = recipe.prune
+    if spec is None:
+        return
+    if not spec.budgets:
+        yield Fault(("prune",), "has no budget; write `macs: 0.5` or `parameters: 0.5`")
+    if spec.looks_at_images and not recipe.calibration:
+        yield Fault(
+            ("prune", "importance"),
+            f"{spec.importance} is measured on images; add a `calibration:` section, or set "
+            "`importance: magnitude`",
+        )
+
+
 def _percentile_is_used(recipe: Recipe) -> Iterator[Fault]:
     spec = recipe.quantize
     if spec and spec.ranges != "percentile" and spec.percentile != _default(spec, "percentile"):
@@ -411,6 +425,7 @@ def _gate_has_engines(name: str, targets: Sequence[TargetSpec], path: KeyPath) -
 
 
 RULES: tuple[tuple[str, Rule], ...] = (
+    ("prune calibration", _pruning_has_what_it_needs),
     ("quantize calibration", _quantize_calibrates),
     ("quantize", _percentile_is_used),
     ("quantize", _precision_is_one_way),

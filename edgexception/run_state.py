@@ -15,7 +15,8 @@ from edgexception.recipe import Recipe
 from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, build_record
 from edgexception.report.network import Network
-from edgexception.report.record import Report
+from edgexception.report.pruning import pruning_of
+from edgexception.report.record import PruningEffect, Report
 from edgexception.report.render import to_markdown
 from edgexception.targets import Form
 from edgexception.workshop import Workshop
@@ -33,6 +34,9 @@ class RunState:
     labelled: ImageSet | None = None
     evaluation: ImageSet | None = None
     calibration: ImageSet | None = None
+    pruning: Artifact | None = None
+    """The plan; where it is applied, `model` is the pruned network."""
+    pruning_effect: PruningEffect | None = None
     quantized: Artifact | None = None
     sensitivity: Artifact | None = None
     exports: dict[Form, Artifact] = field(default_factory=dict)
@@ -75,6 +79,9 @@ def findings(state: RunState, *, judged: bool) -> Findings:
         labelled=state.labelled,
         evaluation=state.evaluation,
         calibration=state.calibration,
+        pruning=None
+        if state.pruning is None
+        else pruning_of(state.pruning.file("prune.json"), state.pruning_effect),
         plan=None if state.quantized is None else state.quantized.file("plan.json"),
         parity=state.parity,
         parity_from=state.parity_from,
@@ -96,6 +103,8 @@ def findings(state: RunState, *, judged: bool) -> Findings:
 def publish(out: Path, state: RunState, report: Report) -> None:
     """Link results by name from the output folder, and write the recipe and the report."""
     links = {"model.safetensors": state.model.file("model.safetensors")}
+    if state.pruning is not None:
+        links["prune.json"] = state.pruning.file("prune.json")
     if state.quantized is not None:
         for name in ("plan.json", "calibration.json"):
             links[name] = state.quantized.file(name)

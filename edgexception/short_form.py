@@ -18,13 +18,14 @@ from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
-_NEEDED: dict[str, dict[str, str]] = {
-    "quantize": {"quantize": "calibration"},
-    "sensitivity": {"quantize": "calibration"},
-    "build": {"targets": "target"},
-    "bench": {"targets": "target", "bench": "target"},
+_NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+    "prune": {"prune": ("macs", "parameters")},
+    "quantize": {"quantize": ("calibration",)},
+    "sensitivity": {"quantize": ("calibration",)},
+    "build": {"targets": ("target",)},
+    "bench": {"targets": ("target",), "bench": ("target",)},
 }
-"""Stage -> the sections that a recipe needs to get there, with the flag that makes each."""
+"""Stage -> the sections that a recipe needs to get there, with the flags that make each."""
 
 _DEPENDENT = {
     "calibration": ("images", "crops", "activations", "ranges", "weight_bits", "dialect"),
@@ -36,6 +37,11 @@ _DEPENDENT = {
 class Flags:
     """What a command line says beside the checkpoint; None is not said."""
 
+    macs: float | None = None
+    parameters: float | None = None
+    importance: str | None = None
+    ranking: str | None = None
+    align: int | None = None
     classes: str | None = None
     input_size: int | None = None
     resize: str | None = None
@@ -67,12 +73,13 @@ def recipe_of(source: Path, flags: Flags, last: str = "import") -> Recipe:
         if lacking:
             raise UsageError(f"{source}: has no `{lacking[0]}:` section; add one for this command")
         return recipe
-    for name in _NEEDED.get(last, {}).values():
-        if getattr(flags, name) is None:
-            hint = "; `edgex targets` lists them" if name == "target" else ""
-            raise UsageError(f"{source}: this command needs --{name} with a checkpoint{hint}")
+    for names in _NEEDED.get(last, {}).values():
+        if all(getattr(flags, name) is None for name in names):
+            hint = "; `edgex targets` lists them" if "target" in names else ""
+            asked = " or ".join(f"--{name}" for name in names)
+            raise UsageError(f"{source}: this command needs {asked} with a checkpoint{hint}")
     _check_used(flags)
-    sections = _sections(source, flags, bench=last == "bench")
+    sections = _sections(source, flags, last)
     try:
         recipe = Recipe.model_validate(sections)
     except ValidationError as error:
@@ -93,6 +100,9 @@ def _check_used(flags: Flags) -> None:
             for name in dependents:
                 if getattr(flags, name) not in (None, ()):
                     raise UsageError(f"--{_flag(name)} has no effect without --{_flag(base)}")
+    pruned = flags.macs is not None or flags.parameters is not None
+    if pruned and flags.calibration and flags.importance not in ("activation", "taylor"):
+        raise UsageError("--calibration has no effect with --importance magnitude or batchnorm")
     if flags.precision and flags.target is None and not flags.dialect:
         raise UsageError("--precision has no effect without --target, or --dialect for export")
     for name in ("activations", "ranges", "weight_bits"):
@@ -127,7 +137,7 @@ def _narrowed(recipe: Recipe, source: Path, flags: Flags) -> Recipe:
     return recipe.model_copy(update={"targets": kept})
 
 
-def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
+def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
     sections: dict[str, Any] = {"name": _name(source), "model": _model(source, flags)}
     if flags.calibration is not None:
         sections["calibration"] = _set(
@@ -137,7 +147,10 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
                 "crops_per_photo": flags.crops,
             }
         )
-    if flags.calibration is not None and _quantizes(flags):
+    if last == "prune":
+        names = ("macs", "parameters", "importance", "ranking", "align")
+        sections["prune"] = _set({name: getattr(flags, name) for name in names})
+    elif flags.calibration is not None and _quantizes(flags):
         sections["quantize"] = _set(
             {
                 "method": "ptq",
@@ -165,7 +178,7 @@ def _sections(source: Path, flags: Flags, bench: bool) -> dict[str, Any]:
                 }
             )
         ]
-        if bench or batches:
+        if last == "bench" or batches:
             sections["bench"] = _set({"batch_sizes": batches})
     return sections
 

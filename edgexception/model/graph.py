@@ -30,11 +30,6 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(network: Xception) -> fx.Graph:
-    """Return the graph of a network as it is trained: one node a layer, BatchNorm included."""
-    return _Tracer().trace(network)
-
-
 def inference_graph(network: Xception, preprocess: Preprocess) -> fx.GraphModule:
     """Return `network` as a graph over pixels: BatchNorm and normalization folded, dropout gone.
 
@@ -42,7 +37,7 @@ def inference_graph(network: Xception, preprocess: Preprocess) -> fx.GraphModule
     (pixel - mean) / std folds exactly into the first convolution, because that convolution has no
     padding; so the input edge of a quantized network is the photo itself, without rounding.
     """
-    graph = trace(network)
+    graph = _Tracer().trace(network)
     folded = fx.GraphModule(copy.deepcopy(network).eval(), graph, class_name="XceptionGraph")
     for node in list(folded.graph.nodes):
         if node.op == "placeholder":

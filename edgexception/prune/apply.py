@@ -10,10 +10,9 @@ from torch import nn
 
 from edgexception.architecture import Architecture
 from edgexception.errors import BadArtifact
-from edgexception.model.graph import trace
 from edgexception.model.xception import Xception
 from edgexception.prune.plan import PrunePlan
-from edgexception.prune.structure import group_names, is_spatial
+from edgexception.prune.structure import group_names, is_spatial, trace
 
 
 def pruned(network: Xception, plan: PrunePlan) -> Xception:
@@ -76,7 +75,7 @@ def narrowed(architecture: Architecture, widths: Mapping[str, int]) -> Architect
 def _within_segments(weight: torch.Tensor, kept: torch.Tensor, segments: int) -> torch.Tensor:
     """Return a segmented spatial weight (C, C / segments, h, w) with the kept channels of each."""
     inside = kept.view(segments, -1) % weight.shape[1]
-    parts = weight.unflatten(0, (segments, -1))
+    parts = weight.view(segments, -1, *weight.shape[1:])
     return torch.cat(
         [part[own][:, own] for part, own in zip(parts, inside, strict=True)]  # each its own square
     )

@@ -18,9 +18,20 @@ import torch
 from torch import fx, nn
 
 from edgexception.architecture import Architecture
-from edgexception.model.graph import trace
-from edgexception.model.xception import Xception
+from edgexception.model.xception import SeparableConv2d, Xception
 from edgexception.prune.plan import Group, LayerShape, Structure
+
+
+class _Tracer(fx.Tracer):
+    """Makes one node of every layer; the two steps of a separable convolution are two layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, SeparableConv2d)
+
+
+def trace(network: Xception) -> fx.Graph:
+    """Return the graph of a network as it is trained, BatchNorm included."""
+    return _Tracer().trace(network)
 
 
 def structure_of(architecture: Architecture, input_size: tuple[int, int]) -> Structure:

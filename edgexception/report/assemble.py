@@ -36,6 +36,7 @@ from edgexception.report.record import (
     Machine,
     Paired,
     Parity,
+    Pruning,
     Report,
     Row,
     Sensitivity,
@@ -112,6 +113,7 @@ class Findings:
     labelled: ImageSet | None
     evaluation: ImageSet | None
     calibration: ImageSet | None
+    pruning: Pruning | None
     plan: Path | None
     parity: Mapping[tuple[Form, str | None], Artifact]
     """By ONNX form, and runtime or None where nothing here reads the form."""
@@ -139,6 +141,7 @@ def report_of(found: Findings) -> Report:
         network=found.card,
         machine=_machine(found),
         versions=_versions(found.machine),
+        pruning=found.pruning,
         calibration=_calibration(found),
         evaluation_photos=None if found.labelled is None else len(found.labelled),
         evaluation_images=None if found.evaluation is None else len(found.evaluation),

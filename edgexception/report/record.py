@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from edgexception.device import LayerPlacement
+from edgexception.prune.plan import LayerChange
 from edgexception.report.network import Network
 
 
@@ -248,6 +249,31 @@ class Calibration(Record):
     exceptions: Exceptions | None = None
 
 
+class PruningEffect(Record):
+    """The pruned network against the unpruned one, both in torch, on the evaluation images."""
+
+    fidelity: Fidelity
+    top1: tuple[Share, Share] | None = None
+    """Before and after, on labelled photos."""
+    paired: Paired | None = None
+
+
+class Pruning(Record):
+    """Which widths were cut, and what is left: pairs are before and after."""
+
+    importance: str
+    ranking: str
+    align: int
+    budgets: dict[str, float]
+    images: int | None
+    """That the importance was measured on."""
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    layers: tuple[LayerChange, ...]
+    effect: PruningEffect | None = None
+    """None where it was not measured."""
+
+
 class Effect(Record):
     """What quantizing something does to the logits: power of the noise over that of the logits."""
 
@@ -310,6 +336,7 @@ class Report(Record):
     network: Network
     machine: Machine
     versions: dict[str, str]
+    pruning: Pruning | None = None
     calibration: Calibration | None
     evaluation_photos: int | None
     evaluation_images: int | None

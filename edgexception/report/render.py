@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from edgexception.report.pruning import cut_layers, pruning_lines
 from edgexception.report.record import (
     Effect,
     Estimate,
@@ -37,6 +38,7 @@ def to_text(report: Report) -> str:
         f"network: {network.parameters:,} parameters, {network.macs / 1e9:.3f} GMAC at "
         f"{height}x{width}, {network.outputs} outputs"
     ]
+    lines += pruning_lines(report.pruning)
     if report.calibration is not None:
         c = report.calibration
         lines.append(
@@ -166,6 +168,8 @@ def to_markdown(report: Report) -> str:
         executed_line=executed_line,
         listing_lines=listing_lines,
         regret_lines=regret_lines,
+        pruning_lines=pruning_lines,
+        cut_layers=cut_layers,
     )
     return environment.get_template("report.md.j2").render(report=report)
 

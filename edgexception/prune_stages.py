@@ -1,0 +1,90 @@
+"""The stages that prune: a plan, and the network that it leaves; what needs torch comes inside."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from edgexception.artifacts import Artifact
+from edgexception.device import Progress
+from edgexception.imageset import ImageSet
+from edgexception.model_stages import card_of, load_model
+from edgexception.recipe import PruneSpec
+from edgexception.workshop import Workshop, versions
+
+
+def plan_pruning(
+    shop: Workshop, model: Artifact, spec: PruneSpec, images: ImageSet | None
+) -> Artifact:
+    """Choose the channels that stay: `prune.json`. Only some importances look at `images`."""
+    looked_at = images if spec.looks_at_images else None
+
+    def write(folder: Path) -> None:
+        from edgexception.prune.budget import solve
+        from edgexception.prune.importance import importance
+        from edgexception.prune.plan import PrunePlan, changes
+        from edgexception.prune.structure import structure_of
+
+        start = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            left = (time.monotonic() - start) / done * (total - done)
+            shop.progress(Progress("importance of channels", done, total, left))
+
+        trained = load_model(model)
+        network, preprocess = trained.network, trained.preprocess
+        structure = structure_of(network.architecture, preprocess.input_size)
+        scores = importance(network, preprocess, structure, spec.importance, looked_at, report)
+        kept = solve(structure, scores, spec.ranking, spec.align, spec.budgets)
+        plan = PrunePlan(
+            kept=kept,
+            layers=changes(structure, kept),
+            importance=spec.importance,
+            ranking=spec.ranking,
+            align=spec.align,
+            budgets=spec.budgets,
+            images=None if looked_at is None else len(looked_at),
+        )
+        (folder / "prune.json").write_text(plan.to_json() + "\n")
+
+    inputs = {
+        "model": model.digest,
+        "images": None if looked_at is None else looked_at.digest,
+        "spec": spec.model_dump(),
+        "versions": versions("torch"),
+    }
+    return shop.once("prune-plan", f"{spec.ranking}, by {spec.importance}", inputs, write)
+
+
+def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifact:
+    """Take the channels out: `model.safetensors` and `model.json`, as of an imported network."""
+
+    def write(folder: Path) -> None:
+        from edgexception.model.checkpoint import TrainedModel, save_checkpoint
+        from edgexception.prune.apply import pruned
+        from edgexception.prune.plan import load_prune_plan
+
+        trained, card = load_model(model), card_of(model)
+        plan = load_prune_plan(planned.file("prune.json"))
+        (macs, macs_left), (parameters, parameters_left) = plan.macs, plan.parameters
+        source = {
+            **card.source,
+            "pruned": f"{macs_left / macs:.1%} of {macs / 1e9:.3f} GMAC, "
+            f"{parameters_left / parameters:.1%} of {parameters:,} parameters",
+        }
+        smaller = pruned(trained.network, plan)
+        save_checkpoint(
+            TrainedModel(smaller, trained.classes, trained.preprocess, source),
+            folder / "model.safetensors",
+        )
+        left = card.model_copy(
+            update={"source": source, "macs": macs_left, "parameters": parameters_left}
+        )
+        (folder / "model.json").write_text(left.model_dump_json(indent=1) + "\n")
+
+    inputs = {
+        "model": model.digest,
+        "plan": planned.digest,
+        "versions": versions("torch", "safetensors"),
+    }
+    return shop.once("prune", "copied weights", inputs, write)

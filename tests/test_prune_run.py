@@ -1,0 +1,133 @@
+"""Pruning in a recipe and from the command line: plan, smaller network, what it did."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import digits_sections, edgex, write_recipe
+
+from edgexception.model.checkpoint import load_checkpoint
+from edgexception.prune.plan import load_prune_plan
+from edgexception.report.record import Report
+
+pytest.importorskip("sklearn")
+NARROW = {"stem": [8, 16], "entry": [[16, 16]], "middle": [], "exit": [16, 24], "tail": [32]}
+
+
+def ran(folder: Path, command: str, *flags: str, **changes: Any) -> tuple[list[str], Report]:
+    """Run a command on a recipe, and return what was not there already, and the report."""
+    sections = digits_sections(**{"targets": None, "bench": None, "gates": None, **changes})
+    sections["model"] |= {"architecture": {**NARROW, "head": [10]}, "epochs": 0.2}
+    recipe = write_recipe(folder / "recipe.yaml", sections)
+    done = edgex(command, recipe, "-o", folder / "out", "--json", *flags)
+    assert done.code == 0, done.err
+    report = Report.model_validate(json.loads(done.out))
+    return [line.stage for line in report.stages if not line.reused], report
+
+
+def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
+    pruning = {"macs": 0.6, "align": 4, "importance": "taylor"}
+    target = {"target": "cpu-x86", "runtimes": ["onnxruntime"], "precisions": ["fp32", "int8"]}
+    new, report = ran(
+        tmp_path,
+        "run",
+        prune=pruning,
+        targets=[target],
+        bench={"batch_sizes": [1], "duration_ms": 1, "warmup_ms": 1, "rounds": 2},
+        quantize={"rounding": "nearest"},
+    )
+    stages = ["train", "prune-plan", "prune", "reference", "quantize", "export", "verify"]
+    assert list(dict.fromkeys(new))[:7] == stages
+    assert [(row.precision, row.status) for row in report.rows] == [
+        ("fp32", "measured"),
+        ("int8", "measured"),
+    ]
+    found = report.pruning
+    assert found is not None
+    assert found.macs[1] <= 0.6 * found.macs[0]
+    assert (found.macs[1], found.parameters[1]) == (report.network.macs, report.network.parameters)
+    assert "of 0.0" in report.network.source["pruned"]
+    assert found.images == 24
+    effect = found.effect
+    assert effect is not None
+    assert effect.top1 is not None
+    assert effect.top1[0].trials == 600
+    fp32 = report.rows[0].top1
+    assert fp32 is not None
+    # Logits of the smaller network: ONNX Runtime's differ from torch's by roundings.
+    assert abs(fp32.successes - effect.top1[1].successes) <= 1
+    page = (tmp_path / "out/report.md").read_text()
+    assert "## Pruning" in page
+    assert "pruned to 0.6 of the macs" in page
+
+    smaller = load_checkpoint(tmp_path / "out/model.safetensors").network.architecture
+    assert smaller.parameters == found.parameters[1]
+    plan = load_prune_plan(tmp_path / "out/prune.json")
+    assert plan.layers == found.layers
+    assert all(len(kept) % 4 == 0 for kept in plan.kept.values())
+
+
+def test_a_plan_alone_cuts_nothing_and_is_used_later(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"prune": {"parameters": 0.7}, "quantize": None}
+    new, report = ran(tmp_path, "prune", "--plan-only", evaluation=None, **changes)
+    assert new == ["train", "prune-plan"]
+    assert report.pruning is not None
+    whole = report.pruning.parameters[0]
+    assert report.network.parameters == whole
+    assert report.pruning.parameters[1] <= 0.7 * whole
+    new, report = ran(tmp_path, "prune", evaluation=None, **changes)
+    assert new == ["prune"]
+    assert report.network.parameters == report.pruning.parameters[1] < whole
+    assert ran(tmp_path, "prune", evaluation=None, **changes)[0] == []
+    assert report.pruning.effect is None, "there are no images to measure it on"
+
+
+def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
+    arguments = ("prune", world / "net.safetensors", "-o", tmp_path, "--align", 1)
+    done = edgex(*arguments, "--macs", 0.5, "--evaluation", world / "test")
+    assert done.code == 0, done.err
+    assert "prune:\n  macs: 0.5" in done.out
+    assert "against the unpruned network in torch: SQNR" in done.out
+    assert "top-1" in done.out
+    done = edgex(*arguments, "--macs", 0.5, "--importance", "activation", "--images", 12)
+    assert done.code == 2
+    assert "--images has no effect without --calibration" in done.err
+    photos = ("--calibration", world / "photos", "--images", 12)
+    done = edgex(*arguments, "--parameters", 0.5, "--importance", "activation", *photos)
+    assert done.code == 0, done.err
+    assert "quantize:" not in done.out
+    assert "by activation on 12 images" in done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "needs --macs or --parameters with a checkpoint"),
+        (("--macs", "1.5"), "prune.macs: Input should be less than 1"),
+        (("--macs", "0.5", "--align", "512"), "the nearest possible value is"),
+        (("--macs", "0.000001", "--align", "1"), "prune.macs: 1e-06 .* nearest possible value is"),
+        (("--macs", "0.5", "--importance", "taylor"), "prune.importance: taylor is measured on"),
+        (("--macs", "0.5", "--calibration", "x"), "--calibration has no effect with"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    world: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = edgex("prune", world / "net.safetensors", "-o", tmp_path / "out", *flags)
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+
+
+def test_a_recipe_without_a_budget_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections(prune={"align": 16}))
+    done = edgex("check", recipe)
+    assert done.code == 2
+    assert "prune: has no budget" in done.err
+    bare = write_recipe(tmp_path / "b.yaml", digits_sections())
+    done = edgex("prune", bare, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "has no `prune:` section" in done.err
