@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,17 +149,12 @@ def _steps(group: Group, align: int) -> range:
     return range(group.step(align), group.width, group.step(align))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Ladder:
-    """The widths that a group can have, ascending, what each loses, and which one it has."""
+    """The widths that a group can have, ascending, and what each loses."""
 
     rungs: list[int]
     losses: list[float]
-    at: int
-
-    @property
-    def width(self) -> int:
-        return self.rungs[self.at]
 
 
 def _ladder(group: Group, scores: NDArray[np.float64], align: int) -> _Ladder:
@@ -167,7 +162,7 @@ def _ladder(group: Group, scores: NDArray[np.float64], align: int) -> _Ladder:
     kept = np.cumsum(scores[_best_first(group, scores)])
     total = float(kept[-1])
     losses = [total * math.log(total / kept[w - 1]) if total > 0 else 0.0 for w in rungs]
-    return _Ladder(rungs, losses, len(rungs) - 1)
+    return _Ladder(rungs, losses)
 
 
 def _least_loss(
@@ -176,39 +171,75 @@ def _least_loss(
     """Return widths that hold the budgets and lose little.
 
     Step by step, the group goes down one rung that loses least for what it saves of the budgets
-    that do not hold yet. Then groups go up again where the last steps saved more than was needed.
+    that do not hold yet. Where the last step saved more than was needed, groups go up again. Then
+    one group more goes down and others up, as long as that loses less: no single exchange is left
+    that would.
     """
     ladders = {group.name: _ladder(group, scores[group.name], align) for group in groups}
-    widths = dict(problem.widths)
-    shares = problem.shares(widths)
+    found = _Choice(problem, ladders, {n: len(la.rungs) - 1 for n, la in ladders.items()})
+    while exceeded := problem.exceeded(found.shares()):
+        lower = [name for name, at in found.at.items() if at > 0]
+        best = min(lower, key=lambda name: found.rate(name, -1, exceeded))
+        found.at[best] -= 1
+    found.fill()
+    while better := next((c for c in found.exchanges() if c.loss < found.loss * (1 - 1e-9)), None):
+        found = better
+    return found.widths
 
-    def rate(name: str, to: int, of: Iterable[str]) -> float:
-        """Return the loss over the saving of a group's step to another rung."""
-        ladder = ladders[name]
-        saved = problem.changed(widths, name, ladder.rungs[to])
-        loss = ladder.losses[to] - ladder.losses[ladder.at]
-        return loss / sum(saved[budget] / problem.budgets[budget] for budget in of)
 
-    def go(name: str, to: int) -> None:
-        ladder = ladders[name]
-        for budget, saved in problem.changed(widths, name, ladder.rungs[to]).items():
-            shares[budget] -= saved
-        ladder.at = to
-        widths[name] = ladder.width
+class _Choice:
+    """A rung for every group."""
 
-    while exceeded := problem.exceeded(shares):
-        lower = [name for name, ladder in ladders.items() if ladder.at > 0]
-        best = min(lower, key=lambda name: rate(name, ladders[name].at - 1, exceeded))
-        go(best, ladders[best].at - 1)
+    def __init__(
+        self, problem: _Problem, ladders: Mapping[str, _Ladder], at: dict[str, int]
+    ) -> None:
+        self.problem = problem
+        self.ladders = ladders
+        self.at = at
 
-    def fits(name: str) -> bool:
-        ladder = ladders[name]
-        if ladder.at + 1 == len(ladder.rungs):
-            return False
-        saved = problem.changed(widths, name, ladder.rungs[ladder.at + 1])
-        return not problem.exceeded({b: shares[b] - saved[b] for b in shares})
+    @property
+    def widths(self) -> dict[str, int]:
+        cut = {name: self.ladders[name].rungs[at] for name, at in self.at.items()}
+        return {**self.problem.widths, **cut}
 
-    while higher := [name for name in ladders if fits(name)]:
-        best = max(higher, key=lambda name: rate(name, ladders[name].at + 1, problem.budgets))
-        go(best, ladders[best].at + 1)
-    return widths
+    @property
+    def loss(self) -> float:
+        return sum(self.ladders[name].losses[at] for name, at in self.at.items())
+
+    def shares(self) -> dict[str, float]:
+        return self.problem.shares(self.widths)
+
+    def saved(self, name: str, step: int) -> dict[str, float]:
+        """Return by how much the shares fall when a group goes some rungs up, or down if < 0."""
+        width = self.ladders[name].rungs[self.at[name] + step]
+        return self.problem.changed(self.widths, name, width)
+
+    def rate(self, name: str, step: int, budgets: Iterable[str]) -> float:
+        """Return the loss of such a step over what it saves of some budgets."""
+        losses, at = self.ladders[name].losses, self.at[name]
+        saved = self.saved(name, step)
+        share = sum(saved[budget] / self.problem.budgets[budget] for budget in budgets)
+        return (losses[at + step] - losses[at]) / share
+
+    def fill(self, but: str | None = None) -> None:
+        """Let groups go up as long as the budgets hold, first those that gain most for the cost."""
+        shares = self.shares()
+
+        def fits(name: str) -> bool:
+            if name == but or self.at[name] + 1 == len(self.ladders[name].rungs):
+                return False
+            saved = self.saved(name, 1)
+            return not self.problem.exceeded({b: shares[b] - saved[b] for b in shares})
+
+        while higher := [name for name in self.at if fits(name)]:
+            best = max(higher, key=lambda name: self.rate(name, 1, self.problem.budgets))
+            self.at[best] += 1
+            shares = self.shares()
+
+    def exchanges(self) -> Iterator[_Choice]:
+        """Yield what comes of letting one group go down and others up."""
+        for name, at in self.at.items():
+            if at > 0:
+                other = _Choice(self.problem, self.ladders, {**self.at, name: at - 1})
+                other.fill(but=name)
+                yield other

@@ -1,9 +1,8 @@
 """How important each channel is, in four ways.
 
-magnitude, batchnorm and activation are means over what a channel has in the layers or tensors of
-its group, each relative to that layer's or tensor's mean channel; they compare channels of
-a group, and say that every layer is as important as another. taylor is a power of the logits, the
-same unit everywhere.
+magnitude, batchnorm and activation are a channel's share of all that a layer writes or a tensor
+has, so every layer is as important as another: half of 64 channels is worth half of 1,536. taylor
+is a power of the logits, the same unit everywhere.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def importance(
 
 
 def _relative(vectors: Iterator[torch.Tensor]) -> NDArray[np.float64]:
-    """Add up vectors, each over its mean."""
-    each = [vector / vector.mean().clamp_min(torch.finfo(vector.dtype).tiny) for vector in vectors]
+    """Add up vectors, each over its own sum."""
+    each = [vector / vector.sum().clamp_min(torch.finfo(vector.dtype).tiny) for vector in vectors]
     total: NDArray[np.float64] = torch.stack(each).sum(dim=0).numpy()
     return total
 

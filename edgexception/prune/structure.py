@@ -30,8 +30,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace(network: Xception) -> fx.Graph:
-    """Return the graph of a network as it is trained, BatchNorm included."""
-    return _Tracer().trace(network)
+    """Return the graph of a network with its BatchNorm; without dropout, which passes all on."""
+    graph = _Tracer().trace(network)
+    for node in list(graph.nodes):
+        if node.target == "dropout":
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+    return graph
 
 
 def structure_of(architecture: Architecture, input_size: tuple[int, int]) -> Structure:

@@ -98,7 +98,7 @@ def test_a_plan_tells_what_the_smaller_network_costs(architecture: Architecture,
 
 def test_a_channel_that_is_not_zero_changes_the_logits() -> None:
     network = random_network(SMALL)
-    kept = {"block5_sepconv1_pointwise": tuple(range(23))}
+    kept = {"block5_sepconv1_pointwise": tuple(range(15))}
     x = torch.randn(2, 3, *SIZE)
     with torch.inference_mode():
         expected, found = network(x), pruned(network, plan_of(SMALL, kept))(x)

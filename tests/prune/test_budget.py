@@ -21,7 +21,9 @@ NARROW = Architecture(
     stem=(12, 12), entry=((12, 12),), middle=((12, 12),), exit=(12,), tail=(12,), head=(5,)
 )
 STRUCTURE = structure_of(NARROW, (40, 40))
-SEGMENTED = structure_of(NARROW.model_copy(update={"segments": 3}), (40, 40))
+SEGMENTED = structure_of(
+    NARROW.model_copy(update={"entry": ((24, 24),), "middle": ((12, 24),), "segments": 3}), (40, 40)
+)
 FREE = [group for group in STRUCTURE.groups if not group.fixed]
 
 
@@ -48,7 +50,7 @@ def loss(scores: Scores, kept: dict[str, tuple[int, ...]]) -> float:
     st.integers(0, 9),
     st.sampled_from(("global", "local")),
     st.sampled_from((1, 2, 4)),
-    st.dictionaries(st.sampled_from(("macs", "parameters")), st.floats(0.5, 0.99), min_size=1),
+    st.dictionaries(st.sampled_from(("macs", "parameters")), st.floats(0.7, 0.99), min_size=1),
 )
 def test_budgets_hold_and_widths_are_aligned(
     structure: Structure, seed: int, ranking: Any, align: int, budgets: dict[str, float]
@@ -71,20 +73,20 @@ def test_budgets_hold_and_widths_are_aligned(
 @pytest.mark.parametrize("seed", range(4))
 def test_global_ranking_loses_hardly_more_than_the_best_of_all_widths(seed: int) -> None:
     scores = scores_of(STRUCTURE, seed)
-    found = solve(STRUCTURE, scores, "global", 6, {"macs": 0.6})
+    found = solve(STRUCTURE, scores, "global", 4, {"macs": 0.5})
     best = math.inf
-    for widths in itertools.product((6, 12), repeat=len(FREE)):
+    for widths in itertools.product((4, 8, 12), repeat=len(FREE)):
         kept = {
             group.name: tuple(np.argsort(-scores[group.name])[:width].tolist())
             for group, width in zip(FREE, widths, strict=True)
         }
-        if share(STRUCTURE, kept, "macs") <= 0.6:
+        if share(STRUCTURE, kept, "macs") <= 0.5:
             best = min(best, loss(scores, kept))
-    assert loss(scores, found) <= 1.15 * best
+    assert loss(scores, found) <= 1.1 * best
     # and no group could get its channels back
     for name in found:
         wider = {other: channels for other, channels in found.items() if other != name}
-        assert share(STRUCTURE, wider, "macs") > 0.6
+        assert share(STRUCTURE, wider, "macs") > 0.5
 
 
 def test_local_ranking_keeps_one_share_of_every_group() -> None:

@@ -63,10 +63,10 @@ def test_a_group_has_the_sum_of_its_writers_relative_norms() -> None:
     writers = ("block3_sepconv2_pointwise", "block3_shortcut", "block4_sepconv1_pointwise")
     for name in writers:
         norms = graph.get_submodule(name).weight.flatten(1).double().norm(dim=1).numpy()
-        expected = expected + norms / norms.mean()
+        expected = expected + norms / norms.sum()
     assert scored(network, "magnitude")[STREAM] == pytest.approx(expected)
     factors = sum(
-        f / f.mean()
+        f / f.sum()
         for name in writers
         for f in [network.get_submodule(f"{name.removesuffix('_pointwise')}_bn").weight.numpy()]
     )
