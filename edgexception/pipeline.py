@@ -27,7 +27,7 @@ from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageErr
 from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import card_of, find_checkpoint, import_model
 from edgexception.output import open_output
-from edgexception.prune_stages import apply_pruning, plan_pruning
+from edgexception.prune_stages import apply_pruning, plan_pruning, pruning_effect
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
@@ -40,7 +40,6 @@ from edgexception.recipe import (
 from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.report.assemble import Measured, Place, build_record, report_of
 from edgexception.report.network import Network
-from edgexception.report.pruning import effect_of
 from edgexception.report.record import Report, StageLine
 from edgexception.run_state import RunState, engine_of, findings, publish
 from edgexception.sources import list_source
@@ -212,23 +211,16 @@ def _prune(state: RunState, last: Last) -> None:
     spec = state.recipe.prune
     if spec is None:
         return
-    whole = state.model
-    state.pruning = plan_pruning(state.shop, whole, spec, state.calibration)
+    state.pruning = plan_pruning(state.shop, state.model, spec, state.calibration)
     if last == "prune-plan":
         return
-    state.model = apply_pruning(state.shop, whole, state.pruning)
+    whole, state.model = state.model, apply_pruning(state.shop, state.model, state.pruning)
     state.card = card_of(state.model)
     # Other commands need no evaluation of the float networks, which can take long.
     if state.evaluation is not None and last in ("prune", "bench"):
-        before, after = (
-            np.load(answers.file("logits.npy"), allow_pickle=False)
-            for answers in (
-                reference(state.shop, whole, state.evaluation, "unpruned, for evaluation"),
-                reference(state.shop, state.model, state.evaluation, "for evaluation"),
-            )
-        )
         labels = None if state.labelled is None else state.labelled.labels
-        state.pruning_effect = effect_of(before, after, labels)
+        networks = (whole, state.model)
+        state.pruning_effect = pruning_effect(state.shop, networks, state.evaluation, labels)
 
 
 def _quantize(state: RunState) -> None:

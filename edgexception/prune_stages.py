@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import card_of, load_model
 from edgexception.recipe import PruneSpec
+from edgexception.report.pruning import effect_of
+from edgexception.report.record import PruningEffect
+from edgexception.stages import reference
 from edgexception.workshop import Workshop, versions
 
 
@@ -88,3 +95,17 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
         "versions": versions("torch", "safetensors"),
     }
     return shop.once("prune", "copied weights", inputs, write)
+
+
+def pruning_effect(
+    shop: Workshop,
+    networks: tuple[Artifact, Artifact],
+    images: ImageSet,
+    labels: NDArray[np.integer[Any]] | None,
+) -> PruningEffect:
+    """Run the network before and after pruning in torch, and compare what they say."""
+    before, after = (
+        np.load(reference(shop, model, images, what).file("logits.npy"), allow_pickle=False)
+        for model, what in zip(networks, ("unpruned", "for evaluation"), strict=True)
+    )
+    return effect_of(before, after, labels)
