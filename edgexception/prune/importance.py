@@ -7,7 +7,8 @@ is a power of the logits, the same unit everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,11 +52,11 @@ def importance(
         found = _norms(graph) | (_factors(network) if kind == "batchnorm" else {})
         return {g.name: _relative(found[name] for name in g.writers) for g in groups}
     assert images is not None  # noqa: S101 - the recipe's rules ask for a calibration section
-    read = {name: group.name for group in groups for name in group.read}
+    group_of = {name: group.name for group in groups for name in group.readers}
     if kind == "activation":
-        sizes = _sizes(graph, read, images, progress)
-        return {g.name: _relative(sizes[name] for name in g.read) for g in groups}
-    return {name: v.numpy() for name, v in _taylor(graph, read, images, progress).items()}
+        sizes = _sizes(graph, group_of, images, progress)
+        return {g.name: _relative(sizes[name] for name in g.readers) for g in groups}
+    return {name: v.numpy() for name, v in _taylor(graph, group_of, images, progress).items()}
 
 
 def _relative(vectors: Iterator[torch.Tensor]) -> NDArray[np.float64]:
@@ -82,18 +83,20 @@ def _factors(network: Xception) -> Vectors:
 
 
 class _Watch(fx.Interpreter):
-    """Runs a graph and keeps the tensors of some nodes."""
+    """Runs a graph and keeps what some layers read, apart from what others make of it."""
 
-    def __init__(self, graph: fx.GraphModule, names: frozenset[str]) -> None:
+    def __init__(self, graph: fx.GraphModule, layers: Collection[str]) -> None:
         super().__init__(graph)
-        self.names = names
-        self.seen: dict[str, torch.Tensor] = {}
+        self.layers = layers
+        self.seen: Vectors = {}
 
     def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if n.name in self.names and isinstance(value, torch.Tensor):
-            self.seen[n.name] = value
-        return value
+        if n.name not in self.layers:
+            return super().run_node(n)
+        (read,), _ = self.fetch_args_kwargs_from_env(n)
+        # A view of its own has the gradient of this layer alone, where several read one tensor.
+        self.seen[n.name] = read.view_as(read)
+        return self.call_module(cast(str, n.target), (self.seen[n.name],), {})
 
 
 def _batches(images: ImageSet, progress: Progress) -> Iterator[torch.Tensor]:
@@ -110,9 +113,9 @@ def _positions(value: torch.Tensor) -> torch.Tensor:
 
 
 def _sizes(
-    graph: fx.GraphModule, read: dict[str, str], images: ImageSet, progress: Progress
+    graph: fx.GraphModule, group_of: dict[str, str], images: ImageSet, progress: Progress
 ) -> Vectors:
-    watch = _Watch(graph, frozenset(read))
+    watch = _Watch(graph, group_of)
     sums: Vectors = {}
     with torch.inference_mode():
         for batch in _batches(images, progress):
@@ -123,7 +126,7 @@ def _sizes(
 
 
 def _taylor(
-    graph: fx.GraphModule, read: dict[str, str], images: ImageSet, progress: Progress
+    graph: fx.GraphModule, group_of: dict[str, str], images: ImageSet, progress: Progress
 ) -> Vectors:
     """Return the mean over the images of the squared derivative of the logits by each channel.
 
@@ -131,7 +134,7 @@ def _taylor(
     out does to the logits, to first order. One backward pass with random signs on the logits gives
     a number whose square is, on average over the signs, the sum of the squares of all logits'.
     """
-    watch = _Watch(graph, frozenset(read))
+    watch = _Watch(graph, group_of)
     signs = torch.Generator().manual_seed(SEED)
     sums: Vectors = {}
     for batch in _batches(images, progress):
@@ -143,7 +146,8 @@ def _taylor(
         derivatives: Vectors = {}
         for name, value in watch.seen.items():
             slope = (_positions(value.detach()) * _positions(value.grad)).sum(dim=2)  # type: ignore[arg-type]
-            derivatives[read[name]] = derivatives.get(read[name], 0) + slope
+            group = group_of[name]
+            derivatives[group] = derivatives.get(group, 0) + slope
         for group, slope in derivatives.items():
             sums[group] = sums.get(group, 0) + (slope**2).sum(dim=0) / len(images)
     return sums

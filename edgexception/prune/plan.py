@@ -35,8 +35,8 @@ class Group(_Data):
     width: int
     writers: tuple[str, ...]
     """Layers that mix channels and whose outputs these are."""
-    read: tuple[str, ...]
-    """Tensors of the group that layers which mix channels read."""
+    readers: tuple[str, ...]
+    """Layers that mix channels and whose inputs these are."""
     nodes: tuple[str, ...]
     """All tensors of the group."""
     segments: int = 1

@@ -30,13 +30,8 @@ class _Tracer(fx.Tracer):
 
 
 def trace(network: Xception) -> fx.Graph:
-    """Return the graph of a network with its BatchNorm; without dropout, which passes all on."""
-    graph = _Tracer().trace(network)
-    for node in list(graph.nodes):
-        if node.target == "dropout":
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-    return graph
+    """Return the graph of a network as it is trained, BatchNorm included."""
+    return _Tracer().trace(network)
 
 
 def structure_of(architecture: Architecture, input_size: tuple[int, int]) -> Structure:
@@ -70,7 +65,7 @@ def structure_of(architecture: Architecture, input_size: tuple[int, int]) -> Str
                 name=name,
                 width=mixing[writers[0]].weight.shape[0] if writers else 3,
                 writers=writers,
-                read=tuple(n.name for n in nodes if any(u.name in mixing for u in n.users)),
+                readers=tuple(u.name for n in nodes for u in n.users if u.name in mixing),
                 nodes=tuple(node.name for node in nodes),
                 segments=architecture.segments or 1 if name in spatial else 1,
                 fixed=name in fixed,

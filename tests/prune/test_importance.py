@@ -60,7 +60,7 @@ def test_a_group_has_the_sum_of_its_writers_relative_norms() -> None:
     network = random_network(SMALL)
     graph = inference_graph(network, IMAGES.preprocess)
     expected = 0.0
-    writers = ("block3_sepconv2_pointwise", "block3_shortcut", "block4_sepconv1_pointwise")
+    writers = ("block3_sepconv2_pointwise", "block3_shortcut", "block4_sepconv2_pointwise")
     for name in writers:
         norms = graph.get_submodule(name).weight.flatten(1).double().norm(dim=1).numpy()
         expected = expected + norms / norms.sum()
