@@ -27,7 +27,7 @@ from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageErr
 from edgexception.imageset import ImageSet, first_images
 from edgexception.model_stages import card_of, find_checkpoint, import_model
 from edgexception.output import open_output
-from edgexception.prune_stages import apply_pruning, plan_pruning, pruning_effect
+from edgexception.prune_stages import apply_pruning, plan_pruning, pruning_effect, recover_pruned
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
@@ -35,6 +35,7 @@ from edgexception.recipe import (
     PtqSpec,
     QatSpec,
     Recipe,
+    RecoverySpec,
     TrainedHereModel,
 )
 from edgexception.recipe_checks import check_recipe, dialects_of
@@ -155,8 +156,9 @@ def _check_sources(recipe: Recipe, last: Last, out: Path) -> None:
     if not isinstance(recipe.model, CheckpointModel):
         sources.append(recipe.model.source)
     if _reaches(last, "prune-plan"):
-        if isinstance(recipe.quantize, QatSpec) and recipe.quantize.source is not None:
-            sources.append(recipe.quantize.source)
+        learners = (recipe.quantize, recipe.prune and recipe.prune.recovery)
+        named = [getattr(spec, "source", None) for spec in learners]
+        sources += [source for source in named if source is not None]
         sources += [spec.source for spec in (recipe.calibration, recipe.evaluation) if spec]
     for source in sources:
         folder = getattr(source, "path", None)
@@ -215,6 +217,10 @@ def _prune(state: RunState, last: Last) -> None:
     if last == "prune-plan":
         return
     whole, state.model = state.model, apply_pruning(state.shop, state.model, state.pruning)
+    if spec.recovery is not None:
+        images = _images_to_learn(state, spec.recovery, "prune.recovery") or state.calibration
+        if images is not None:
+            state.model = recover_pruned(state.shop, whole, state.model, spec.recovery, images)
     state.card = card_of(state.model)
     # Other commands need no evaluation of the float networks, which can take long.
     if state.evaluation is not None and last in ("prune", "bench"):
@@ -237,7 +243,7 @@ def _quantize(state: RunState) -> None:
         dialects_of(recipe),
     )
     if isinstance(spec, QatSpec):
-        images = _images_to_learn(state, spec) or state.calibration
+        images = _images_to_learn(state, spec, "quantize") or state.calibration
         # Layers of ONNX Runtime write integers; those of the others only read them.
         dialect = "onnxruntime" if "onnxruntime" in dialects_of(recipe) else "tensorrt"
         state.quantized = train_quantized(
@@ -245,7 +251,9 @@ def _quantize(state: RunState) -> None:
         )
 
 
-def _images_to_learn(state: RunState, spec: QatSpec) -> ImageSet | None:
+def _images_to_learn(
+    state: RunState, spec: QatSpec | RecoverySpec, section: str
+) -> ImageSet | None:
     """Return the photos of the spec's source, if it has one."""
     if spec.source is None:
         return None
@@ -253,7 +261,7 @@ def _images_to_learn(state: RunState, spec: QatSpec) -> ImageSet | None:
         images = open_photos(spec.source, state.card.preprocess)
     else:
         images = open_training(spec.source, state.card.preprocess, state.card.classes)
-        _check_classes(images, state.card, "quantize.source")
+        _check_classes(images, state.card, f"{section}.source")
     if state.labelled is not None:
         refuse_leak(images, state.labelled, "training")
     return images

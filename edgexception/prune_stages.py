@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
-from edgexception.model_stages import card_of, load_model
-from edgexception.recipe import PruneSpec
+from edgexception.model_stages import card_of, load_model, training_report
+from edgexception.recipe import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
 from edgexception.stages import reference
@@ -57,7 +57,7 @@ def plan_pruning(
     inputs = {
         "model": model.digest,
         "images": None if looked_at is None else looked_at.digest,
-        "spec": spec.model_dump(),
+        "spec": spec.model_dump(exclude={"recovery"}),
         "versions": versions("torch"),
     }
     return shop.once("prune-plan", f"{spec.ranking}, by {spec.importance}", inputs, write)
@@ -95,6 +95,38 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
         "versions": versions("torch", "safetensors"),
     }
     return shop.once("prune", "copied weights", inputs, write)
+
+
+def recover_pruned(
+    shop: Workshop, whole: Artifact, smaller: Artifact, spec: RecoverySpec, images: ImageSet
+) -> Artifact:
+    """Train the pruned network, the unpruned one its teacher; the same files as of `prune`."""
+
+    def write(folder: Path) -> None:
+        from edgexception.model.checkpoint import TrainedModel, save_checkpoint
+        from edgexception.prune.recover import recover
+        from edgexception.train.state import Keeper
+
+        begun, card = load_model(smaller), card_of(smaller)
+        teacher = load_model(whole).network.requires_grad_(False)
+        keeper = Keeper(shop.unfinished)
+        network = recover(begun.network, teacher, spec, images, keeper, training_report(shop))
+        source = {**card.source, "recovered": f"{spec.steps} steps on {len(images)} images"}
+        save_checkpoint(
+            TrainedModel(network, begun.classes, begun.preprocess, source),
+            folder / "model.safetensors",
+        )
+        left = card.model_copy(update={"source": source})
+        (folder / "model.json").write_text(left.model_dump_json(indent=1) + "\n")
+
+    inputs = {
+        "whole": whole.digest,
+        "pruned": smaller.digest,
+        "images": images.digest,
+        "spec": spec.model_dump(exclude={"source"}),
+        "versions": versions("torch", "safetensors"),
+    }
+    return shop.once("recover", f"{spec.steps} steps on {len(images)} images", inputs, write)
 
 
 def pruning_effect(

@@ -267,6 +267,29 @@ class QatSpec(PtqSpec):
         return PtqSpec(**{**fields, "method": "ptq"})
 
 
+class RecoverySpec(Spec):
+    """How a pruned network learns on; at the end its BatchNorm statistics are measured anew."""
+
+    source: Source | None = None
+    """Images to learn from; None takes the calibration images. Labels count only where
+    `distillation` is below 1."""
+    steps: Count = 300
+    batch_size: Count = 32
+    learning_rate: LearningRate = 1e-3
+    """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
+    distillation: Share = 1.0
+    """Share of the loss that is the distance to the unpruned network's logits; it needs no label.
+    The rest is cross-entropy with the labels of `source`."""
+    ema: Decay = 0.0
+    """Decay of a moving average of the weights, which the network ends with; 0 is none."""
+    bfloat16: bool = False
+    """Compute layers in bfloat16, as for training."""
+    threads: Threads = 1
+    """Of the processor, as for training."""
+    seed: Seed = 0
+
+
 class PruneSpec(Spec):
     """Fewer channels: as many as a budget leaves, those that matter most.
 
@@ -287,6 +310,8 @@ class PruneSpec(Spec):
     align: Annotated[int, Field(ge=1, le=1024)] = 8
     """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
     or 32 channels at once; the rest of such a set is computed and thrown away."""
+    recovery: RecoverySpec | None = None
+    """None leaves the network with the weights that it has."""
 
     @property
     def budgets(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from edgexception.recipe import (
     PhotosSource,
     QatSpec,
     Recipe,
+    RecoverySpec,
     Source,
     TargetSpec,
     TrainedHereModel,
@@ -75,6 +76,10 @@ def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
             f"{spec.importance} is measured on images; add a `calibration:` section, or set "
             "`importance: magnitude`",
         )
+    if spec.recovery and not spec.recovery.source and not recipe.calibration:
+        yield Fault(
+            ("prune", "recovery"), "needs images to learn from; add a `source:`, or `calibration:`"
+        )
 
 
 def _percentile_is_used(recipe: Recipe) -> Iterator[Fault]:
@@ -133,28 +138,36 @@ def _half_layers_have_kernels(recipe: Recipe) -> Iterator[Fault]:
             )
 
 
-def _qat_has_labels(recipe: Recipe) -> Iterator[Fault]:
-    spec = recipe.quantize
-    if not isinstance(spec, QatSpec) or spec.distillation == 1.0:
-        return
-    if spec.source is None:
-        yield Fault(
-            ("quantize", "distillation"),
-            f"is {spec.distillation:g}, so labels are needed, and calibration images have none; "
-            "add a labelled `source:`, or set it to 1.0",
-        )
-    else:
-        yield from _labelled(spec.source, ("quantize", "source"), "distillation below 1")
+def _learners(recipe: Recipe) -> Iterator[tuple[KeyPath, QatSpec | RecoverySpec]]:
+    """Yield what trains a network that is there already, with its place."""
+    if isinstance(recipe.quantize, QatSpec):
+        yield ("quantize",), recipe.quantize
+    if recipe.prune and recipe.prune.recovery:
+        yield ("prune", "recovery"), recipe.prune.recovery
 
 
-def _qat_has_not_seen_the_evaluation(recipe: Recipe) -> Iterator[Fault]:
-    spec = recipe.quantize
-    if recipe.evaluation and isinstance(spec, QatSpec) and spec.source == recipe.evaluation.source:
-        yield Fault(
-            ("quantize", "source"),
-            "is the evaluation's source, too, so the measured accuracy would flatter; "
-            "train on other images",
-        )
+def _learners_have_labels(recipe: Recipe) -> Iterator[Fault]:
+    for path, spec in _learners(recipe):
+        if spec.distillation == 1.0:
+            continue
+        if spec.source is None:
+            yield Fault(
+                (*path, "distillation"),
+                f"is {spec.distillation:g}, so labels are needed, and calibration images have "
+                "none; add a labelled `source:`, or set it to 1.0",
+            )
+        else:
+            yield from _labelled(spec.source, (*path, "source"), "distillation below 1")
+
+
+def _learners_have_not_seen_the_evaluation(recipe: Recipe) -> Iterator[Fault]:
+    for path, spec in _learners(recipe):
+        if recipe.evaluation and spec.source == recipe.evaluation.source:
+            yield Fault(
+                (*path, "source"),
+                "is the evaluation's source, too, so the measured accuracy would flatter; "
+                "train on other images",
+            )
 
 
 def _default(spec: object, name: str) -> object:
@@ -430,8 +443,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize", _percentile_is_used),
     ("quantize", _precision_is_one_way),
     ("quantize targets export", _half_layers_have_kernels),
-    ("quantize", _qat_has_labels),
-    ("quantize evaluation", _qat_has_not_seen_the_evaluation),
+    ("prune quantize", _learners_have_labels),
+    ("prune quantize evaluation", _learners_have_not_seen_the_evaluation),
     ("model", _training_fits),
     ("model", _crop_is_used),
     ("model calibration evaluation", _idx_labels_are_named),

@@ -47,7 +47,17 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    commands = ("run", "import", "quantize", "export", "build-engine", "bench", "check", "targets")
+    commands = (
+        "run",
+        "import",
+        "prune",
+        "quantize",
+        "export",
+        "build-engine",
+        "bench",
+        "check",
+        "targets",
+    )
     for command in (*commands, "doctor", "schema"):
         assert f"\n  {command} " in done.stdout
     loaded = set(done.stderr.split())

@@ -86,6 +86,18 @@ def test_a_plan_alone_cuts_nothing_and_is_used_later(tmp_path: Path) -> None:
     assert report.pruning.effect is None, "there are no images to measure it on"
 
 
+def test_a_pruned_network_recovers_before_anything_else(tmp_path: Path) -> None:
+    recovery: dict[str, Any] = {"steps": 2, "batch_size": 8}
+    changes: dict[str, Any] = {"quantize": None, "evaluation": None}
+    new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
+    assert new == ["train", "prune-plan", "prune", "recover"]
+    assert report.network.source["recovered"] == "2 steps on 24 images"
+    recovery |= {"source": {"kind": "digits", "split": "train"}, "distillation": 0.5}
+    new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
+    assert new == ["recover"], "labels are used"
+    assert report.network.source["recovered"] == "2 steps on 1000 images"
+
+
 def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
     arguments = ("prune", world / "net.safetensors", "-o", tmp_path, "--align", 1)
     done = edgex(*arguments, "--macs", 0.5, "--evaluation", world / "test")
@@ -127,6 +139,12 @@ def test_a_recipe_without_a_budget_is_refused(tmp_path: Path) -> None:
     done = edgex("check", recipe)
     assert done.code == 2
     assert "prune: has no budget" in done.err
+    spec = {"macs": 0.5, "recovery": {"distillation": 0.5}}
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections(prune=spec))
+    assert "prune.recovery.distillation: is 0.5, so labels are needed" in edgex("check", recipe).err
+    spec["recovery"] = {"source": {"kind": "digits", "split": "test"}}
+    recipe = write_recipe(tmp_path / "r.yaml", digits_sections(prune=spec))
+    assert "prune.recovery.source: is the evaluation's source, too" in edgex("check", recipe).err
     bare = write_recipe(tmp_path / "b.yaml", digits_sections())
     done = edgex("prune", bare, "-o", tmp_path / "out")
     assert done.code == 2

@@ -1,0 +1,65 @@
+"""A pruned network learns back what it lost: the loop of every training, then BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from edgexception.errors import UsageError
+from edgexception.imageset import ImageSet
+from edgexception.model.xception import Xception
+from edgexception.recipe import RecoverySpec
+from edgexception.train.batchnorm import MOST_SETTLING, settle
+from edgexception.train.classifier import decaying
+from edgexception.train.loop import Course, Report, batch_count, fit, order
+from edgexception.train.objective import Objective, normalized
+from edgexception.train.state import Keeper
+
+SECTION = "prune.recovery"
+
+
+def recover(
+    network: Xception,
+    teacher: Xception,
+    spec: RecoverySpec,
+    images: ImageSet,
+    keeper: Keeper | None = None,
+    progress: Report | None = None,
+) -> Xception:
+    """Train a pruned network in place and return it in eval mode; `teacher` is the unpruned one.
+
+    At the end the BatchNorm statistics are those of the images under the final weights. Raises
+    UsageError for a single image a step or a training that diverges, and what `fit` raises.
+    """
+    if min(len(images), spec.batch_size) < 2:
+        raise UsageError(
+            f"{SECTION}.batch_size {spec.batch_size} with {len(images)} images leaves one image a "
+            "step, and BatchNorm learns from differences between images. Give 2 or more of both"
+        )
+    course = Course(
+        section=SECTION,
+        steps=spec.steps,
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        ema=spec.ema,
+        seed=spec.seed,
+        threads=spec.threads,
+        bfloat16=spec.bfloat16,
+    )
+    objective = Objective(
+        "normalized", spec.distillation, teacher if spec.distillation > 0.0 else None
+    )
+    network.requires_grad_()
+    fit(network, objective, images, course, partial(decaying, spec.weight_decay), keeper, progress)
+
+    def sample() -> Iterator[torch.Tensor]:
+        # In an order of its own: a batch of one class would be no sample.
+        chosen = order(spec.seed, -1, len(images))[:MOST_SETTLING]
+        for batch in np.array_split(chosen, batch_count(len(chosen), spec.batch_size)):
+            yield normalized(images, batch)
+
+    settle(network, sample)
+    return network.eval()
