@@ -97,8 +97,8 @@ def _check_align(groups: list[Group], align: int) -> None:
     nearest = next(a for a in range(align, 0, -1) if all(g.step(a) <= g.width for g in groups))
     parts = f" in {group.segments} segments" if group.segments > 1 else ""
     raise UsageError(
-        f"prune.align: {align} is more than the {group.width} channels{parts} of {group.name} can "
-        f"be cut to; the nearest possible value is {nearest}"
+        f"prune.align: {align} is too large for {group.name}, which has {group.width} "
+        f"channels{parts}; the nearest possible value is {nearest}"
     )
 
 
