@@ -221,12 +221,12 @@ def check(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...")]) -
 
 
 @app.command()
-def targets(json_: Json = False) -> None:
-    """List the targets, and what each can do here and now, and why not."""
+def targets(json_: Json = False, device: Device = None) -> None:
+    """List the targets, and what each can do here or on a device now, and why not."""
     with exit_codes():
         from edgexception.doctor import target_lines, target_rows
 
-        rows = target_rows()
+        rows = target_rows(device)
         typer.echo(json.dumps(rows, indent=1) if json_ else "\n".join(target_lines(rows)))
 
 

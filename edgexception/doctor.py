@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edgexception import __version__
 from edgexception.ability import why_not_built, why_not_run
-from edgexception.device import ProbeRecord, local_device
+from edgexception.device import Device, ProbeRecord, local_device, open_device
 from edgexception.targets import extra_of, load_targets
 
 _PACKAGES = {
@@ -26,10 +27,13 @@ _PACKAGES = {
 """Package -> the extra that brings it; runtimes are asked by loading them."""
 
 
-def probe() -> ProbeRecord:
-    """Ask the local agent what this machine is and which runtimes load."""
-    with tempfile.TemporaryDirectory(prefix="edgex-probe-") as folder:
-        answer = local_device().call("probe", {}, {}, Path(folder) / "answer")
+def probe(where: str | None = None) -> ProbeRecord:
+    """Ask the agent, here or on the device that `where` names, what it has."""
+    there: AbstractContextManager[Device] = (
+        nullcontext(local_device()) if where is None else open_device(where)
+    )
+    with tempfile.TemporaryDirectory(prefix="edgex-probe-") as folder, there as device:
+        answer = device.call("probe", {}, {}, Path(folder) / "answer")
     return ProbeRecord.model_validate(answer)
 
 
@@ -82,9 +86,9 @@ def finding_lines(findings: dict[str, Any]) -> list[str]:
     return lines
 
 
-def target_rows() -> list[dict[str, Any]]:
-    """Return every target with what each of its runtimes can do here, as plain data."""
-    machine = probe()
+def target_rows(where: str | None = None) -> list[dict[str, Any]]:
+    """Return every target with what each of its runtimes can do here, or there, as plain data."""
+    machine = probe(where)
     rows = []
     for name, target in load_targets().items():
         runtimes = {}

@@ -16,8 +16,8 @@ import pytest
 from fakes import agent_that
 
 from edgexception.agent.protocol import EXIT_CODES
+from edgexception.agent.remote import LOG_LINES
 from edgexception.device import LocalDevice, ProbeRecord, Progress, local_device
-from edgexception.device.local import LOG_LINES
 from edgexception.errors import (
     BadArtifact,
     EdgexError,

@@ -20,17 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from edgexception.agent.protocol import PROTOCOL, is_plain_name
+from edgexception.agent.remote import ENVIRONMENT, LOG_LINES, MAX_LINE_BYTES
 from edgexception.device.answers import printable, read_answer, read_progress
 from edgexception.device.contract import Progress
 from edgexception.errors import BadArtifact, OutOfResources, UsageError
-
-MAX_LINE_BYTES = 16 << 10
-LOG_LINES = 200
-
-# What an agent process is given of the host's environment. Not handed over on purpose: PYTHON*
-# (foreign code at start) and OMP_*, MKL_*, OV_* or ORT_* settings, which would change a
-# measurement without a trace in its record.
-ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL")
 
 # The agent is to come from the very package that runs here, so its folder is first while it is
 # found, and last from then on. Python's own library comes before the host's folders: nothing that

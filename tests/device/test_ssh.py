@@ -92,6 +92,17 @@ def _shape(value: object) -> object:
     return [_shape(value[0])] if isinstance(value, list) and value else None
 
 
+def test_targets_are_listed_for_a_device(sshd: Sshd) -> None:
+    done = edgex("targets", "--device", sshd.url, "--json")
+    assert done.code == 0, done.err
+    rows = {row["target"]: row["runtimes"] for row in json.loads(done.out)}
+    assert rows["cpu-x86"]["onnxruntime"]["here"]
+    sshd.known_hosts.write_text("")
+    done = edgex("targets", "--device", sshd.url)
+    assert (done.code, done.out) == (3, "")
+    assert "host key is not known" in done.err
+
+
 def test_what_is_kept_is_not_sent_again_unless_it_was_changed(
     sshd: Sshd, built: Path, tmp_path: Path
 ) -> None:
