@@ -164,6 +164,12 @@ sys.exit({EXIT_CODES[kind]})
         ("print('what(): std::bad_alloc', flush=True); os.abort()", "run", OutOfResources, "memor"),
         ("os.kill(os.getpid(), signal.SIGTERM)", "run", EdgexError, "from outside by signal 15"),
         ("print('last words', file=sys.stderr); sys.exit(3)", "run", EdgexError, "3.*last words"),
+        (
+            "print('disk full', flush=True); sys.exit(6)",
+            "run",
+            OutOfResources,
+            "no answer.*disk full",
+        ),
         ("sys.exit(0)", "run", BadArtifact, "answer is broken"),
         ("well(); sys.exit(5)", "probe", EdgexError, "went well but ended with code 5"),
         ("well(); os.kill(os.getpid(), signal.SIGSEGV)", "run", BadArtifact, "SIGSEGV"),

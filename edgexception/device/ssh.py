@@ -107,7 +107,8 @@ class _Link:
 class SshDevice:
     """A machine that `ssh` reaches. Connects at the first call; used in a `with`, it leaves.
 
-    A connection that ends while a call is under way raises DeviceLost; the next call connects anew.
+    A connection that ends while a call is under way raises DeviceLost. The next call connects anew,
+    as it does where the connection ended between two calls.
     """
 
     def __init__(self, name: str, address: SshAddress, keep: bool = False) -> None:
@@ -240,6 +241,8 @@ class SshDevice:
     @contextmanager
     def _connected(self, verb: str) -> Iterator[Pipe]:
         """Yield the connection; one that may have anything unread in it is not used again."""
+        if self._link is not None and self._link.process.poll() is not None:
+            self._leave()  # it ended between two calls, which may be hours apart
         if self._link is None:
             self._connect()
         assert self._link is not None  # noqa: S101 - told to the type checker

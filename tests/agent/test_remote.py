@@ -87,6 +87,28 @@ def test_more_than_the_disk_holds_is_refused_before_it_is_sent(tmp_path: Path) -
     assert "free some space" in message
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: that takes root's rights")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_on_the_way_is_named_and_the_connection_stays(
+    small_disk: Path,
+) -> None:
+    with far_end(small_disk) as (pipe, _):
+        answer = put(pipe, os.urandom(4 << 20))
+        assert (answer["op"], answer["kind"]) == ("fault", "out-of-resources")
+        assert "No space left on device; free some space there" in answer["message"]
+        assert put(pipe, os.urandom(1 << 20))["op"] == "stored"
+
+
 @pytest.mark.parametrize(
     "message", [{"op": "get", "sha256": "0" * 64}, {"op": "have"}, {"op": "put", "bytes": 0}, {}]
 )

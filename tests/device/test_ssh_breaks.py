@@ -60,6 +60,21 @@ def test_a_killed_agent_is_out_of_resources_and_the_device_stays(
     with at(sshd) as device:
         with pytest.raises(OutOfResources, match="run on orin: the agent's process was killed"):
             run_on(device, built, tmp_path / "out", LONG, kill)
+        folder = sshd.left()
+        run_on(device, built, tmp_path / "out", None)
+        assert sshd.left() == folder, "the same connection"
+
+
+def test_a_connection_that_ended_between_two_calls_is_made_anew(
+    sshd: Sshd, built: Path, tmp_path: Path
+) -> None:
+    with at(sshd) as device:
+        run_on(device, built, tmp_path / "out", None)
+        link = device._link
+        assert link is not None
+        link.process.kill()
+        link.process.wait()
+        wait_until(lambda: not sshd.left())
         run_on(device, built, tmp_path / "out", None)
 
 
