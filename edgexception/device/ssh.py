@@ -10,7 +10,6 @@ Host keys are strict: what the user's ssh_config says of that does not count.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import select
 import subprocess
@@ -173,7 +172,6 @@ class SshDevice:
             self._put(pipe, name, path, digest, progress)
 
         content = {**request, "protocol": PROTOCOL}
-        json.dumps(content, allow_nan=False)
         asked = {"op": "run", "verb": verb, "agent": agent, "request": content, "files": digests}
         lines: list[str] = []
         answer = self._ask(pipe, asked, "line", "ended")
