@@ -33,7 +33,7 @@ class Console:
     def stage(self, line: StageLine) -> None:
         """Say that a stage is done."""
         took = "done before" if line.reused else f"{line.seconds:.1f} s"
-        self.say(f"{line.stage:<10}{line.what}: {took}")
+        self.say(f"{line.stage:<9} {line.what}: {took}")
 
     def progress(self, progress: Progress) -> None:
         """Say how far something is: on one line of a terminal, else now and then."""
