@@ -184,7 +184,7 @@ def _run(
     console = Console(quiet)
     folder = out or Path("build") / recipe.name
     with console.data_only():
-        listener = Listener(console.stage, console.progress)
+        listener = Listener(console.stage, console.progress, console.warn)
         report, fault = run(recipe, folder, last, listener, Where(device, keep))
     if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")

@@ -51,6 +51,11 @@ class Console:
         else:
             self.say(text)
 
+    def warn(self, text: str) -> None:
+        """Say what may spoil the result, even when told to be quiet."""
+        clear = "\r\x1b[K" if self.terminal else ""
+        sys.stderr.write(f"{clear}edgex: warning: {_plain(text)}\n")
+
     @contextmanager
     def data_only(self) -> Iterator[None]:
         """Keep stdout for data: whatever a library prints goes to stderr, or nowhere if quiet."""

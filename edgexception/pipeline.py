@@ -14,6 +14,7 @@ from edgexception.ability import Reader, why_not_measured, why_not_run
 from edgexception.artifacts import Artifact, Store
 from edgexception.bench.executed import check_placement
 from edgexception.bench.statistics import Times
+from edgexception.calibration_size import too_few
 from edgexception.data import (
     open_calibration,
     open_evaluation,
@@ -70,10 +71,11 @@ SENSITIVITY_IMAGES = 32
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of finished stages, and of progress inside one."""
+    """Who is told of finished stages, of progress inside one, and of what may go wrong."""
 
     stage: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
+    warning: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def run(
             _open_photos(state)
             _prune(state, last)
         if _reaches(last, "quantize"):
-            _quantize(state)
+            _quantize(state, listener)
         if last == "sensitivity":  # nothing else needs it
             _sensitivity(state)
         if _reaches(last, "export"):
@@ -229,10 +231,13 @@ def _prune(state: RunState, last: Last) -> None:
         state.pruning_effect = pruning_effect(state.shop, networks, state.evaluation, labels)
 
 
-def _quantize(state: RunState) -> None:
+def _quantize(state: RunState, listener: Listener) -> None:
     recipe, spec = state.recipe, state.recipe.quantize
     if spec is None or recipe.calibration is None or state.calibration is None:
         return
+    few = too_few(spec.ranges, state.calibration.photo_count)
+    if few is not None:
+        listener.warning(few)
     state.quantized = quantize(
         state.shop,
         state.model,

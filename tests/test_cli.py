@@ -19,6 +19,7 @@ from fakes import TroubledDevice
 from kill_runs import orphans
 
 from edgexception import __version__
+from edgexception.calibration_size import too_few
 from edgexception.cli import app
 from edgexception.errors import UsageError
 from edgexception.recipe_file import load_recipe
@@ -106,12 +107,16 @@ def test_quantize_needs_no_recipe_and_prints_one_that_loads_back(
     assert printed == load_recipe(tmp_path / "out/recipe.yaml")
     assert "quantized: asymmetric activations" in summary
     # On a slow machine indented lines of progress stand between the stages.
-    stages = [line for line in done.err.splitlines() if not line.startswith(" ")]
-    assert [line.split()[0] for line in stages] == ["import", "quantize"]
+    lines = [line for line in done.err.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines] == ["import", "edgex:", "quantize"]
+    assert lines[1].startswith("edgex: warning: 12 different calibration photos may be too few")
 
     again = edgex_process(*command, tmp_path / "out", "--json", "--quiet", cwd=world)
-    assert (again.code, again.err) == (0, "")
+    assert (again.code, again.err) == (0, f"{lines[1]}\n"), "a warning is no progress"
     report = Report.model_validate_json(again.out)
+    assert report.calibration is not None
+    assert report.calibration.warning == too_few("auto", 12)
+    assert lines[1] == f"edgex: warning: {report.calibration.warning}"
     assert report == Report.model_validate_json((tmp_path / "out/report.json").read_bytes())
     assert all(line.reused for line in report.stages)
     for name in ("plan.json", "calibration.json", "model.safetensors"):

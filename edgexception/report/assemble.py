@@ -19,6 +19,7 @@ from edgexception.bench.accuracy import accuracy, fidelity
 from edgexception.bench.executed import executed
 from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
+from edgexception.calibration_size import too_few
 from edgexception.device import BuildRecord, ProbeRecord
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
@@ -191,7 +192,8 @@ def _calibration(found: Findings) -> Calibration | None:
     bits = {weight["bits"] for weight in plan["weights"].values()}
     return Calibration(
         images=len(found.calibration),
-        photos=len({sample.photo.name for sample in found.calibration.samples}),
+        photos=found.calibration.photo_count,
+        warning=too_few(origin["ranges"], found.calibration.photo_count),
         digest=origin["calibration_digest"],
         method=origin["method"],
         activations=origin["activations"],

@@ -239,6 +239,8 @@ class Calibration(Record):
 
     images: int
     photos: int
+    warning: str | None = None
+    """What fewer photos than the method needs have cost elsewhere."""
     digest: str
     method: str
     activations: str

@@ -45,6 +45,7 @@ def to_text(report: Report) -> str:
             f"quantized: {c.activations} activations, {c.weight_bits}-bit weights, {c.ranges} "
             f"ranges of {c.images} images"
         )
+        lines += [f"warning: {c.warning}"] if c.warning else []
         lines += _exception_lines(c.exceptions)
     for types in report.types:
         kept = [f"{node} stays float32: {reason}" for node, reason in types.fp32.items()]
