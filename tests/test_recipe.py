@@ -84,7 +84,7 @@ gates:
     assert faults(tmp_path, text) == [
         "1: name: is 'Shoes'; write text that matches ^[a-z0-9][a-z0-9-]{0,62}$",
         "2: modle: is not a known field; did you mean model? (known: name, model, calibration, "
-        "evaluation, quantize, export, targets, bench, gates)",
+        "evaluation, prune, quantize, export, targets, bench, gates)",
         "4: model.kind: is 'chekpoint', which is not known; did you mean checkpoint? "
         "(known: checkpoint, fine-tune, train)",
         "6: calibration.source.path: is missing; add `path:` here",
