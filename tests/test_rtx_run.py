@@ -110,6 +110,35 @@ def test_build_engine_builds_every_precision(
     assert {row.skipped for row in skipped} == {NOT_RUN}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune": {"macs": 0.7, "align": 4}},
+        {"quantize": {"method": "qat", "activations": "symmetric", "steps": 2, "batch_size": 4}},
+        {
+            "quantize": {
+                "method": "ptq",
+                "activations": "symmetric",
+                "precision": {"fp16": ["*_depthwise"]},
+            }
+        },
+    ],
+    ids=["pruned", "trained", "mixed"],
+)
+def test_the_parser_takes_what_any_way_to_int8_writes(
+    world: Path,
+    tmp_path: Path,
+    machine: ProbeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    without_gpu(monkeypatch, machine)
+    done, report = run("build-engine", world, tmp_path / "out", targets=[rtx()], **changes)
+    assert done.code == 0, done.err
+    assert report is not None
+    assert [row.status for row in report.rows] == ["built"]
+
+
 def test_what_was_not_run_is_skipped_and_the_command_fails(
     world: Path, tmp_path: Path, machine: ProbeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
