@@ -30,7 +30,8 @@ from edgexception.short_form import Flags, recipe_of
 def one_paragraph(err: str) -> str:
     """The last line of stderr, which must be the message and the only one of its kind."""
     assert "Traceback" not in err, err
-    messages = [line for line in err.splitlines() if line.startswith("edgex: ")]
+    lines = [line for line in err.splitlines() if not line.startswith("edgex: warning: ")]
+    messages = [line for line in lines if line.startswith("edgex: ")]
     assert len(messages) == 1, err
     assert err.endswith(f"{messages[0]}\n")
     return messages[0]
