@@ -115,6 +115,11 @@ def _content(path: Path) -> object:
     if path.name == "build.json":
         record = json.loads(path.read_text())
         return {key: value for key, value in record.items() if key not in ("seconds", "log")}
+    if path.name == "engine.json":
+        record = json.loads(path.read_text())
+        (engine,) = (p for p in path.parent.glob("engine.*") if p != path)
+        assert record.pop("engine_sha256") == sha256_file(engine)
+        return record
     return _graph(path) if path.name == "engine.onnx" else sha256_file(path)
 
 
