@@ -72,7 +72,7 @@ def test_a_broken_placement_fails_its_row_and_no_other(
     assert 0 < integers.executed.shares["fp32"] < 0.2
     assert {path.name for path in (out / "engines").iterdir()} == {
         f"cpu-x86-{runtime}-fp32-b1.{kind}"
-        for kind in ("build.json", "onnx" if runtime == "onnxruntime" else "blob")
+        for kind in ("build.json", "json", "onnx" if runtime == "onnxruntime" else "blob")
     }
     # The numbers are right: without looking at the kernels nobody would know.
     parity = {row.form: row for row in Report.model_validate_json(done.out).parity}
