@@ -56,7 +56,7 @@ def _import_checkpoint(shop: Workshop, spec: CheckpointModel) -> Artifact:
         model = load_checkpoint(spec.path, classes=spec.classes, preprocess=spec.preprocess)
         if model.source["sha256"] != digest:
             raise BadArtifact(f"{spec.path}: has changed while it was read; run again")
-        _write_model(model, folder)
+        write_model(model, folder)
 
     inputs = {
         "file": spec.path.name,
@@ -92,7 +92,7 @@ def _train(shop: Workshop, spec: TrainedHereModel, evaluation: EvaluationSpec | 
 
         network = train(spec, images, training_report(shop), Keeper(shop.unfinished))
         source = {"format": "trained by recipe", "images": str(len(images))}
-        _write_model(TrainedModel(network, images.classes, spec.preprocess, source), folder)
+        write_model(TrainedModel(network, images.classes, spec.preprocess, source), folder)
 
     inputs = {
         "images": images.digest,
@@ -119,7 +119,7 @@ def _fine_tune(shop: Workshop, spec: FineTunedModel, evaluation: EvaluationSpec 
         network = fine_tune(spec, begun, images, training_report(shop), Keeper(shop.unfinished))
         origin = {f"origin_{key}": card.source[key] for key in ("file", "sha256")}
         source = {"format": "fine-tuned by recipe", "images": str(len(images)), **origin}
-        _write_model(TrainedModel(network, images.classes, preprocess, source), folder)
+        write_model(TrainedModel(network, images.classes, preprocess, source), folder)
 
     inputs = {
         "pretrained": pretrained.digest,
@@ -149,7 +149,8 @@ def training_report(shop: Workshop) -> Report:
     return report
 
 
-def _write_model(model: TrainedModel, folder: Path) -> None:
+def write_model(model: TrainedModel, folder: Path) -> None:
+    """Write `model.safetensors` and `model.json`."""
     from edgexception.model.checkpoint import save_checkpoint
     from edgexception.model.cost import macs_of
     from edgexception.model.graph import inference_graph

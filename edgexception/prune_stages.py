@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
-from edgexception.model_stages import card_of, load_model, training_report
+from edgexception.model_stages import card_of, load_model, training_report, write_model
 from edgexception.recipe import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
@@ -67,27 +67,20 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
     """Take the channels out: `model.safetensors` and `model.json`, as of an imported network."""
 
     def write(folder: Path) -> None:
-        from edgexception.model.checkpoint import TrainedModel, save_checkpoint
+        from edgexception.model.checkpoint import TrainedModel
         from edgexception.prune.apply import pruned
         from edgexception.prune.plan import load_prune_plan
 
-        trained, card = load_model(model), card_of(model)
+        trained = load_model(model)
         plan = load_prune_plan(planned.file("prune.json"))
         (macs, macs_left), (parameters, parameters_left) = plan.macs, plan.parameters
         source = {
-            **card.source,
+            **card_of(model).source,
             "pruned": f"{macs_left / macs:.1%} of {macs / 1e9:.3f} GMAC, "
             f"{parameters_left / parameters:.1%} of {parameters:,} parameters",
         }
         smaller = pruned(trained.network, plan)
-        save_checkpoint(
-            TrainedModel(smaller, trained.classes, trained.preprocess, source),
-            folder / "model.safetensors",
-        )
-        left = card.model_copy(
-            update={"source": source, "macs": macs_left, "parameters": parameters_left}
-        )
-        (folder / "model.json").write_text(left.model_dump_json(indent=1) + "\n")
+        write_model(TrainedModel(smaller, trained.classes, trained.preprocess, source), folder)
 
     inputs = {
         "model": model.digest,
@@ -103,21 +96,19 @@ def recover_pruned(
     """Train the pruned network, the unpruned one its teacher; the same files as of `prune`."""
 
     def write(folder: Path) -> None:
-        from edgexception.model.checkpoint import TrainedModel, save_checkpoint
+        from edgexception.model.checkpoint import TrainedModel
         from edgexception.prune.recover import recover
         from edgexception.train.state import Keeper
 
-        begun, card = load_model(smaller), card_of(smaller)
+        begun = load_model(smaller)
         teacher = load_model(whole).network.requires_grad_(False)
         keeper = Keeper(shop.unfinished)
         network = recover(begun.network, teacher, spec, images, keeper, training_report(shop))
-        source = {**card.source, "recovered": f"{spec.steps} steps on {len(images)} images"}
-        save_checkpoint(
-            TrainedModel(network, begun.classes, begun.preprocess, source),
-            folder / "model.safetensors",
-        )
-        left = card.model_copy(update={"source": source})
-        (folder / "model.json").write_text(left.model_dump_json(indent=1) + "\n")
+        source = {
+            **card_of(smaller).source,
+            "recovered": f"{spec.steps} steps on {len(images)} images",
+        }
+        write_model(TrainedModel(network, begun.classes, begun.preprocess, source), folder)
 
     inputs = {
         "whole": whole.digest,

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgexception.artifacts import canonical_json
-from edgexception.errors import BadArtifact
+from edgexception.plan_file import read_plan
 
 Importance = Literal["magnitude", "batchnorm", "activation", "taylor"]
 Ranking = Literal["global", "local"]
@@ -163,17 +163,4 @@ def changes(structure: Structure, kept: Mapping[str, tuple[int, ...]]) -> tuple[
 
 def load_prune_plan(path: Path) -> PrunePlan:
     """Read a plan file; raise BadArtifact naming the field when it is not one."""
-    try:
-        return PrunePlan.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = (
-            "; ".join(
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-                for fault in error.errors()[:3]
-            )
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
-        raise BadArtifact(
-            f"{path}: not a pruning plan ({reason}); make it again with `edgex prune`"
-        ) from error
+    return read_plan(path, PrunePlan, "a pruning plan", "edgex prune")

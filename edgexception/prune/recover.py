@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
-import numpy as np
-import torch
-
 from edgexception.errors import UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model.xception import Xception
 from edgexception.recipe import RecoverySpec
-from edgexception.train.batchnorm import MOST_SETTLING, settle
-from edgexception.train.classifier import decaying
-from edgexception.train.loop import Course, Report, batch_count, fit, order
-from edgexception.train.objective import Objective, normalized
+from edgexception.train.classifier import learn
+from edgexception.train.loop import Course, Report
+from edgexception.train.objective import Objective
 from edgexception.train.state import Keeper
 
 SECTION = "prune.recovery"
@@ -53,13 +46,4 @@ def recover(
         "normalized", spec.distillation, teacher if spec.distillation > 0.0 else None
     )
     network.requires_grad_()
-    fit(network, objective, images, course, partial(decaying, spec.weight_decay), keeper, progress)
-
-    def sample() -> Iterator[torch.Tensor]:
-        # In an order of its own: a batch of one class would be no sample.
-        chosen = order(spec.seed, -1, len(images))[:MOST_SETTLING]
-        for batch in np.array_split(chosen, batch_count(len(chosen), spec.batch_size)):
-            yield normalized(images, batch)
-
-    settle(network, sample)
-    return network.eval()
+    return learn(network, objective, images, course, spec.weight_decay, keeper, progress)

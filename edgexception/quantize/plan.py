@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgexception.artifacts import canonical_json
-from edgexception.errors import BadArtifact
+from edgexception.plan_file import read_plan
 
 Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FloatPrecision = Literal["fp32", "fp16"]
@@ -138,17 +138,4 @@ class QuantPlan(_Data):
 
 def load_plan(path: Path) -> QuantPlan:
     """Read a plan file; raise BadArtifact naming the field when it is not one."""
-    try:
-        return QuantPlan.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = (
-            "; ".join(
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-                for fault in error.errors()[:3]
-            )
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
-        raise BadArtifact(
-            f"{path}: not a quantization plan ({reason}); make it again with `edgex quantize`"
-        ) from error
+    return read_plan(path, QuantPlan, "a quantization plan", "edgex quantize")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgexception.report.pruning import cut_layers, pruning_lines
+from edgexception.prune.plan import LayerChange
 from edgexception.report.record import (
     Effect,
     Estimate,
@@ -17,6 +17,7 @@ from edgexception.report.record import (
     Listing,
     Paired,
     Parity,
+    Pruning,
     Report,
     Row,
     Sensitivity,
@@ -268,6 +269,46 @@ def _share(share: Share | None) -> str:
         return "not measured"
     percent = f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
     return f"{share.successes}/{share.trials} = {percent}"
+
+
+def pruning_lines(found: Pruning | None) -> Iterator[str]:
+    """Say in a few lines what was asked for, what is left, and what it cost."""
+    if found is None:
+        return
+    asked = " and ".join(f"{share:g} of the {name}" for name, share in found.budgets.items())
+    images = f" on {found.images} images" if found.images else ""
+    yield (
+        f"pruned to {asked}: {_left(found.macs)} of the multiply-accumulates and "
+        f"{_left(found.parameters)} of the parameters are left; {found.ranking} ranking by "
+        f"{found.importance}{images}, widths in multiples of {found.align}"
+    )
+    if found.effect is None:
+        return
+    near = found.effect.fidelity
+    share = near.agreement
+    agreement = f", agreement {share.successes}/{share.trials}" if share else ""
+    yield f"against the unpruned network in torch: SQNR {_sqnr(near)}{agreement}"
+    if found.effect.top1 and found.effect.paired:
+        before, after = found.effect.top1
+        d = found.effect.paired
+        points = ", ".join(f"{100 * value:+.2f}" for value in (d.low, d.high))
+        yield (
+            f"top-1 {before.value:.2%} before and {after.value:.2%} after "
+            f"({100 * d.difference:+.2f} points, 95% {points}; {d.lost} lost, {d.gained} gained "
+            f"of {d.images})"
+        )
+
+
+def cut_layers(found: Pruning) -> list[LayerChange]:
+    """Return the layers whose widths change."""
+    return [
+        la for la in found.layers if la.inputs[0] != la.inputs[1] or la.outputs[0] != la.outputs[1]
+    ]
+
+
+def _left(pair: tuple[int, int]) -> str:
+    before, after = pair
+    return f"{after / before:.1%}"
 
 
 def _sqnr(fidelity: Fidelity | None) -> str:

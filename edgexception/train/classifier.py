@@ -51,7 +51,9 @@ def train(
     _check_labels(spec, spec.architecture, images)
     with _training(spec, spec.architecture, images) as course:
         network = Xception(spec.architecture)
-        return _trained(network, spec, images, course, keeper, progress)
+        return learn(
+            network, Objective("normalized"), images, course, spec.weight_decay, keeper, progress
+        )
 
 
 def fine_tune(
@@ -75,7 +77,9 @@ def fine_tune(
             if not name.startswith(_HEAD)
         }
         network.load_state_dict(backbone, strict=False)  # all but the head: one family, one body
-        return _trained(network, spec, images, course, keeper, progress)
+        return learn(
+            network, Objective("normalized"), images, course, spec.weight_decay, keeper, progress
+        )
 
 
 def fine_tuned_architecture(spec: FineTunedModel, pretrained: Architecture) -> Architecture:
@@ -106,21 +110,24 @@ def _training(
         yield course
 
 
-def _trained(
+def learn(
     network: Xception,
-    spec: TrainedHereModel | FineTunedModel,
+    objective: Objective,
     images: ImageSet,
     course: Course,
+    weight_decay: float,
     keeper: Keeper | None,
     progress: Report | None,
 ) -> Xception:
-    grouping = partial(decaying, spec.weight_decay)
-    fit(network, Objective("normalized"), images, course, grouping, keeper, progress)
+    """Train a network in place, give its BatchNorms the images' statistics, and return it in eval
+    mode. Raises what `fit` raises.
+    """
+    fit(network, objective, images, course, partial(decaying, weight_decay), keeper, progress)
 
     def sample() -> Iterator[torch.Tensor]:
         # In an order of its own: a batch of one class would be no sample.
-        chosen = order(spec.seed, -1, len(images))[:MOST_SETTLING]
-        for batch in np.array_split(chosen, batch_count(len(chosen), spec.batch_size)):
+        chosen = order(course.seed, -1, len(images))[:MOST_SETTLING]
+        for batch in np.array_split(chosen, batch_count(len(chosen), course.batch_size)):
             yield normalized(images, batch)
 
     settle(network, sample)
