@@ -184,7 +184,7 @@ def _run(
     console = Console(quiet)
     folder = out or Path("build") / recipe.name
     with console.data_only():
-        listener = Listener(console.stage, console.progress, console.warn)
+        listener = Listener(console.stage, console.progress, console.warn, console.tell)
         report, fault = run(recipe, folder, last, listener, Where(device, keep))
     if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")
@@ -221,12 +221,16 @@ def check(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...")]) -
 
 
 @app.command()
-def targets(json_: Json = False, device: Device = None) -> None:
+def targets(
+    name: Annotated[str | None, typer.Argument(help="All that is known of one target.")] = None,
+    json_: Json = False,
+    device: Device = None,
+) -> None:
     """List the targets, and what each can do here or on a device now, and why not."""
     with exit_codes():
         from edgexception.doctor import target_lines, target_rows
 
-        rows = target_rows(device)
+        rows = target_rows(device, name)
         typer.echo(json.dumps(rows, indent=1) if json_ else "\n".join(target_lines(rows)))
 
 

@@ -53,8 +53,12 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Say what may spoil the result, even when told to be quiet."""
+        self.tell(f"warning: {text}")
+
+    def tell(self, text: str) -> None:
+        """Say what was chosen for the user, even when told to be quiet."""
         clear = "\r\x1b[K" if self.terminal else ""
-        sys.stderr.write(f"{clear}edgex: warning: {_plain(text)}\n")
+        sys.stderr.write(f"{clear}edgex: {_plain(text)}\n")
 
     @contextmanager
     def data_only(self) -> Iterator[None]:

@@ -14,7 +14,8 @@ from typing import Any
 from edgexception import __version__
 from edgexception.ability import why_not_built, why_not_run
 from edgexception.device import Device, ProbeRecord, local_device, open_device
-from edgexception.targets import extra_of, load_targets
+from edgexception.resolver import fact_lines
+from edgexception.targets import extra_of, find_target, load_aliases, load_targets
 
 _PACKAGES = {
     "torch": "workstation",
@@ -86,11 +87,17 @@ def finding_lines(findings: dict[str, Any]) -> list[str]:
     return lines
 
 
-def target_rows(where: str | None = None) -> list[dict[str, Any]]:
-    """Return every target with what each of its runtimes can do here, or there, as plain data."""
+def target_rows(where: str | None = None, only: str | None = None) -> list[dict[str, Any]]:
+    """Return what each runtime of every target, or of one, can do here or there, as plain data.
+
+    Of one target all that is known of it, too.
+    """
+    known = load_targets()
+    if only is not None:
+        known = {load_aliases().get(only, only): find_target(only)}
     machine = probe(where)
     rows = []
-    for name, target in load_targets().items():
+    for name, target in known.items():
         runtimes = {}
         for runtime, row in target.runtimes.items():
             facts = machine.runtimes.get(runtime)
@@ -112,6 +119,9 @@ def target_rows(where: str | None = None) -> list[dict[str, Any]]:
                 "arch": target.arch,
                 "verified_on": target.verified_on,
                 "runtimes": runtimes,
+                "also": [alias for alias, named in load_aliases().items() if named == name],
+                "facts": {key: fact.model_dump() for key, fact in target.facts.items()},
+                "known": [] if only is None else list(fact_lines(name)),
             }
         )
     return rows
@@ -122,11 +132,14 @@ def target_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         verified = row["verified_on"] or "not run on hardware"
-        lines.append(f"{row['target']}: {row['description']} ({row['arch']}; verified: {verified})")
+        also = "".join(f"; {alias} where no device says more" for alias in row["also"])
+        about = f"{row['arch']}; verified: {verified}{also}"
+        lines.append(f"{row['target']}: {row['description']} ({about})")
         for name, runtime in row["runtimes"].items():
             precisions = ", ".join(runtime["precisions"])
             state = f"{runtime['version']}, here" if runtime["here"] else f"no: {runtime['reason']}"
             if runtime["here"] and not runtime["runs"]:
                 state = f"{runtime['version']}, builds here; does not run: {runtime['not_run']}"
             lines.append(f"  {name} ({precisions}): {state}")
+        lines += [f"  {line}" for line in row["known"]]
     return lines

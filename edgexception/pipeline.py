@@ -43,6 +43,7 @@ from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.report.assemble import Measured, Place, build_record, report_of
 from edgexception.report.network import Network
 from edgexception.report.record import Report, StageLine
+from edgexception.resolver import settle
 from edgexception.run_state import RunState, engine_of, findings, publish
 from edgexception.sources import list_source
 from edgexception.stages import (
@@ -71,11 +72,12 @@ SENSITIVITY_IMAGES = 32
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of finished stages, of progress inside one, and of what may go wrong."""
+    """Who is told of finished stages, of progress inside one, of what may go wrong, what was chosen."""
 
     stage: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
     warning: Callable[[str], None] = lambda _: None
+    notice: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ def run(
     listener = listener or Listener()
     with _device(where) as device, open_output(out) as store:
         shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
+        recipe, said = settle(recipe, shop.machine)
+        for text in said:
+            listener.notice(text)
+        check_recipe(recipe)
         places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "prune-plan"):

@@ -26,6 +26,7 @@ from edgexception.targets import (
     find_target,
     is_half,
     is_int8,
+    load_aliases,
     load_dialects,
     load_targets,
 )
@@ -307,7 +308,7 @@ def _runtimes(spec: TargetSpec) -> Iterator[tuple[int, str]]:
     """Yield each runtime with the place of the entry that asks for it."""
     if spec.runtimes != AUTO:
         yield from enumerate(spec.runtimes)
-    elif spec.target in load_targets():
+    elif spec.target in (*load_targets(), *load_aliases()):
         yield from ((0, runtime) for runtime in spec.runtime_names)
 
 

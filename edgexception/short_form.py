@@ -13,7 +13,7 @@ from edgexception.errors import UsageError
 from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
-from edgexception.targets import is_int8, load_dialects, load_targets
+from edgexception.targets import is_int8, load_aliases, load_dialects, load_targets
 from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -185,7 +185,8 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
 
 def _activations_needed(flags: Flags) -> str | None:
     """Return the activations of the dialects asked for where they have one kind alone."""
-    target = load_targets().get(flags.target or "")
+    name = load_aliases().get(flags.target or "", flags.target or "")
+    target = load_targets().get(name)
     rows = target.runtimes.items() if target else ()
     names = [row.dialect for name, row in rows if not flags.runtime or name in flags.runtime]
     dialects = load_dialects()

@@ -100,6 +100,39 @@ class TargetRuntime(Row):
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
 
 
+class Module(Row):
+    """How a Jetson module is known: by the words in its device tree's model, and its memory."""
+
+    family: Literal["orin-nano", "orin-nx", "agx-orin", "agx-thor"]
+    board: str
+    super: bool
+    """Whether it has the clocks of "Super", and the word in its model."""
+
+
+class PowerMode(Row):
+    """The GPU in one power mode."""
+
+    tpcs: int | None
+    """Texture processing clusters that are on: two streaming multiprocessors (SM) each."""
+    gpu_mhz: int | None
+    """The highest clock."""
+    source: str
+
+
+class JetPack(Row):
+    """One release of a Jetson's software; None is not known here."""
+
+    jetpack: str
+    l4t: str | None
+    cuda: str | None
+    tensorrt: str
+    python: str
+    families: tuple[str, ...]
+    shipped: bool
+    """Whether this TensorRT is part of it; otherwise it can be installed."""
+    source: str
+
+
 class Target(Row):
     """One kind of device."""
 
@@ -107,35 +140,62 @@ class Target(Row):
     arch: Literal["x86_64", "aarch64"]
     runtimes: Annotated[dict[str, TargetRuntime], Field(min_length=1)]
     facts: dict[str, Fact] = {}
+    module: Module | None = None
+    """Of a Jetson."""
+    power_modes: dict[str, PowerMode] = {}
+    """Of a Jetson, by the name that nvpmodel tells."""
     verified_on: str | None
     """The hardware that this row has been run on; None is never."""
 
     @property
     def sm(self) -> int | None:
         """Compute capability times 10 of its NVIDIA GPU; None without one."""
-        fact = self.facts.get("sm")
+        return self.integer("sm")
+
+    def integer(self, name: str) -> int | None:
+        """Return a fact as a whole number; None where it is not known."""
+        fact = self.facts.get(name)
         return None if fact is None or fact.value is None else int(fact.value)
+
+    def dense_tops(self, mode: PowerMode, precision: Literal["int8", "fp16"]) -> float | None:
+        """Return the tensor cores' peak in 1e12 operations a second, without 2:4 sparsity."""
+        rate = self.integer(f"{precision}_rate")
+        if rate is None or mode.tpcs is None or mode.gpu_mhz is None:
+            return None
+        return rate * 2 * mode.tpcs * mode.gpu_mhz * 1e6 / 1e12
 
 
 class _Table(Row):
-    dialects: dict[str, Dialect]
+    dialects: dict[str, Dialect] = {}
     targets: dict[str, Target]
+    aliases: dict[str, str] = {}
+    """Other names of targets."""
+    jetpacks: tuple[JetPack, ...] = ()
 
 
 @functools.cache
 def _table() -> _Table:
-    data = resources.files("edgexception").joinpath("targets.yaml").read_bytes()
-    document = parse_yaml(data, "edgexception/targets.yaml")
-    table, faults = validate(document.data, _Table)
-    if table is None or document.faults:
-        raise EdgexError(str(report(document, faults)))
+    """Return what targets.yaml and jetson.yaml hold, as one table."""
+    first, second = _read("targets.yaml"), _read("jetson.yaml")
+    table = second.model_copy(
+        update={"dialects": first.dialects, "targets": {**first.targets, **second.targets}}
+    )
     for name, target in table.targets.items():
         for runtime, row in target.runtimes.items():
             if row.dialect not in table.dialects:
                 raise EdgexError(
-                    f"edgexception/targets.yaml: targets.{name}.runtimes.{runtime}: there is no "
-                    f"dialect {quoted(row.dialect)}; {closest(row.dialect, table.dialects)}"
+                    f"targets.{name}.runtimes.{runtime}: there is no dialect "
+                    f"{quoted(row.dialect)}; {closest(row.dialect, table.dialects)}"
                 )
+    return table
+
+
+def _read(name: str) -> _Table:
+    data = resources.files("edgexception").joinpath(name).read_bytes()
+    document = parse_yaml(data, f"edgexception/{name}")
+    table, faults = validate(document.data, _Table)
+    if table is None or document.faults:
+        raise EdgexError(str(report(document, faults)))
     return table
 
 
@@ -158,12 +218,24 @@ def load_dialects() -> dict[str, Dialect]:
     return dict(_table().dialects)
 
 
+def load_aliases() -> dict[str, str]:
+    """Return other names of targets: "jetson" is a module to take where no device says more."""
+    return dict(_table().aliases)
+
+
+def load_jetpacks() -> tuple[JetPack, ...]:
+    """Return the releases of the Jetsons' software, oldest first."""
+    return _table().jetpacks
+
+
 def find_target(name: str) -> Target:
     """Return the target of that name; raises UsageError with the closest name if there is none."""
-    targets = _table().targets
-    if name not in targets:
-        raise UsageError(f"there is no target {quoted(name)}; {closest(name, targets)}")
-    return targets[name]
+    table = _table()
+    row = table.targets.get(table.aliases.get(name, name))
+    if row is None:
+        known = (*table.targets, *table.aliases)
+        raise UsageError(f"there is no target {quoted(name)}; {closest(name, known)}")
+    return row
 
 
 def find_runtime(target: str, runtime: str) -> TargetRuntime:

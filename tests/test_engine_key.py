@@ -22,7 +22,7 @@ GPU = {
     "name": "Orin", "sm": 87, "memory_bytes": 1 << 35, "driver": "12.6",
     "driver_release": "540.4.0",
 }  # fmt: skip
-PLACE = Place("jetson-agx-orin", "tensorrt", "tensorrt", "fp16", 1, 2, TensorRtSpec())
+PLACE = Place("jetson-agx-orin-64gb", "tensorrt", "tensorrt", "fp16", 1, 2, TensorRtSpec())
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_fact_makes_another_engine(machine: ProbeRecord) -> None:
             for change in (
                 {"batch": 2},
                 {"threads": 1},
-                {"target": "jetson-thor"},
+                {"target": "jetson-agx-thor"},
                 {"precision": "int8"},
             )
         ),
