@@ -72,7 +72,7 @@ SENSITIVITY_IMAGES = 32
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of finished stages, of progress inside one, of what may go wrong, what was chosen."""
+    """Who is told of finished stages, of progress, of what may go wrong, and of what was chosen."""
 
     stage: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
