@@ -28,7 +28,7 @@ from edgexception.imageset import (
 )
 from edgexception.photos import PhotoError
 from edgexception.preprocess import Preprocess, to_input
-from edgexception.recipe import CalibrationSpec, EvaluationSpec, Source
+from edgexception.recipe_data import CalibrationSpec, EvaluationSpec, Source
 from edgexception.sources import Entry, Listing, list_source
 
 __all__ = [

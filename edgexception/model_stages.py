@@ -12,14 +12,8 @@ from edgexception.artifacts import Artifact, sha256_file
 from edgexception.data import ImageSet, open_evaluation, open_training, refuse_leak
 from edgexception.device import Progress
 from edgexception.errors import BadArtifact, UsageError
-from edgexception.recipe import (
-    CheckpointModel,
-    EvaluationSpec,
-    FineTunedModel,
-    ModelSpec,
-    Source,
-    TrainedHereModel,
-)
+from edgexception.recipe import CheckpointModel, FineTunedModel, ModelSpec, TrainedHereModel
+from edgexception.recipe_data import EvaluationSpec, Source
 from edgexception.report.network import Network
 from edgexception.workshop import Workshop, versions
 

@@ -15,20 +15,13 @@ from edgexception.artifacts import Artifact, Store
 from edgexception.bench.executed import check_placement
 from edgexception.bench.statistics import Times
 from edgexception.calibration_size import too_few
-from edgexception.data import (
-    open_calibration,
-    open_evaluation,
-    open_photos,
-    open_training,
-    refuse_leak,
-)
 from edgexception.device import Device, ProbeRecord, Progress, local_device, open_device
 from edgexception.engine_stages import bench, build, evaluate, places_of
 from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageError
-from edgexception.imageset import ImageSet, first_images
-from edgexception.model_stages import card_of, find_checkpoint, import_model
+from edgexception.imageset import first_images
+from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import open_output
-from edgexception.prune_stages import apply_pruning, plan_pruning, pruning_effect, recover_pruned
+from edgexception.pruning import prune
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
     BenchSpec,
@@ -36,14 +29,13 @@ from edgexception.recipe import (
     PtqSpec,
     QatSpec,
     Recipe,
-    RecoverySpec,
     TrainedHereModel,
 )
 from edgexception.recipe_checks import check_recipe, dialects_of
 from edgexception.report.assemble import Measured, Place, build_record, report_of
-from edgexception.report.network import Network
 from edgexception.report.record import Report, StageLine
 from edgexception.resolver import settle
+from edgexception.run_images import images_to_learn, open_images
 from edgexception.run_state import RunState, engine_of, findings, publish
 from edgexception.sources import list_source
 from edgexception.stages import (
@@ -125,8 +117,8 @@ def run(
         places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "prune-plan"):
-            _open_photos(state)
-            _prune(state, last)
+            open_images(state)
+            prune(state, plan_only=last == "prune-plan", compare=last in ("prune", "bench"))
         if _reaches(last, "quantize"):
             _quantize(state, listener)
         if last == "sensitivity":  # nothing else needs it
@@ -193,50 +185,6 @@ def _probe(device: Device, store: Store) -> ProbeRecord:
 # --- the steps ------------------------------------------------------------------------------------
 
 
-def _open_photos(state: RunState) -> None:
-    recipe, preprocess = state.recipe, state.card.preprocess
-    if recipe.evaluation is not None:
-        state.labelled, state.evaluation = open_evaluation(
-            recipe.evaluation, preprocess, state.card.classes
-        )
-        _check_classes(state.labelled, state.card, "the evaluation")
-    if recipe.calibration is not None:
-        state.calibration = open_calibration(
-            recipe.calibration, preprocess, evaluation=state.labelled
-        )
-
-
-def _check_classes(labelled: ImageSet, card: Network, what: str) -> None:
-    """Refuse labelled folders as the network's classes when their number is another."""
-    if labelled.labels is not None and len(labelled.classes or ()) != card.outputs:
-        raise UsageError(
-            f"{what} has {len(labelled.classes or ())} classes and the network "
-            f"{card.outputs} outputs: list the class names in the order of the outputs as "
-            "model.classes (--classes)"
-        )
-
-
-def _prune(state: RunState, last: Last) -> None:
-    """Plan, and unless the plan is all that was asked for, go on with the pruned network."""
-    spec = state.recipe.prune
-    if spec is None:
-        return
-    state.pruning = plan_pruning(state.shop, state.model, spec, state.calibration)
-    if last == "prune-plan":
-        return
-    whole, state.model = state.model, apply_pruning(state.shop, state.model, state.pruning)
-    if spec.recovery is not None:
-        images = _images_to_learn(state, spec.recovery, "prune.recovery") or state.calibration
-        if images is not None:
-            state.model = recover_pruned(state.shop, whole, state.model, spec.recovery, images)
-    state.card = card_of(state.model)
-    # Other commands need no evaluation of the float networks, which can take long.
-    if state.evaluation is not None and last in ("prune", "bench"):
-        labels = None if state.labelled is None else state.labelled.labels
-        networks = (whole, state.model)
-        state.pruning_effect = pruning_effect(state.shop, networks, state.evaluation, labels)
-
-
 def _quantize(state: RunState, listener: Listener) -> None:
     recipe, spec = state.recipe, state.recipe.quantize
     if spec is None or recipe.calibration is None or state.calibration is None:
@@ -254,28 +202,12 @@ def _quantize(state: RunState, listener: Listener) -> None:
         dialects_of(recipe),
     )
     if isinstance(spec, QatSpec):
-        images = _images_to_learn(state, spec, "quantize") or state.calibration
+        images = images_to_learn(state, spec, "quantize") or state.calibration
         # Layers of ONNX Runtime write integers; those of the others only read them.
         dialect = "onnxruntime" if "onnxruntime" in dialects_of(recipe) else "tensorrt"
         state.quantized = train_quantized(
             state.shop, state.model, state.quantized, spec, images, dialect
         )
-
-
-def _images_to_learn(
-    state: RunState, spec: QatSpec | RecoverySpec, section: str
-) -> ImageSet | None:
-    """Return the photos of the spec's source, if it has one."""
-    if spec.source is None:
-        return None
-    if spec.distillation == 1.0:
-        images = open_photos(spec.source, state.card.preprocess)
-    else:
-        images = open_training(spec.source, state.card.preprocess, state.card.classes)
-        _check_classes(images, state.card, f"{section}.source")
-    if state.labelled is not None:
-        refuse_leak(images, state.labelled, "training")
-    return images
 
 
 def _sensitivity(state: RunState) -> None:

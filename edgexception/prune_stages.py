@@ -13,7 +13,7 @@ from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import card_of, load_model, training_report, write_model
-from edgexception.recipe import PruneSpec, RecoverySpec
+from edgexception.recipe_prune import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
 from edgexception.stages import reference

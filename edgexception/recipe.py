@@ -8,112 +8,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from edgexception.architecture import Architecture
 from edgexception.preprocess import Preprocess, PreprocessChanges
+from edgexception.recipe_data import (
+    CalibrationSpec,
+    ClassName,
+    Count,
+    Decay,
+    EvaluationSpec,
+    LearningRate,
+    Milliseconds,
+    Seed,
+    Share,
+    Source,
+    Spec,
+    Threads,
+    Width,
+)
+from edgexception.recipe_prune import PruneSpec
 from edgexception.targets import Activations, Precision, find_target
-
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Budget = Annotated[float, Field(gt=0.0, lt=1.0)]
-LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
-Width = Annotated[int, Field(ge=1, le=65536)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
-
 
 AUTO = ("auto",)
 """Runtimes of a target that are not named: all of them."""
-
-
-class Spec(BaseModel):
-    """Base of every section: frozen, and a field that is not known is a fault."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-class FolderSource(Spec):
-    """Labelled photos, one sub-folder a class, classes in alphabetical order of the folders."""
-
-    kind: Literal["folder"]
-    path: Path
-
-
-class ManifestSource(Spec):
-    """Photos named by a .csv or .jsonl file with `path` and, for evaluation, `label` in each row.
-
-    Paths are relative to the manifest's folder; a label is a class name.
-    """
-
-    kind: Literal["manifest"]
-    path: Path
-
-
-class PhotosSource(Spec):
-    """Every photo below a folder, without labels."""
-
-    kind: Literal["photos"]
-    path: Path
-
-
-class DigitsSource(Spec):
-    """scikit-learn's handwritten digits: 1,797 labelled 8x8 images inside that package."""
-
-    kind: Literal["digits"]
-    split: Literal["train", "calibration", "test"]
-
-
-class IdxSource(Spec):
-    """Gray images of one size in an IDX file, as MNIST and Fashion-MNIST come; .gz or plain."""
-
-    kind: Literal["idx"]
-    images: Path
-    labels: Path | None = None
-    """The IDX file of their labels: numbers that count the class names from 0."""
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=256)] | None = None
-    """Class names in the order of the label numbers; together with `labels`."""
-    first: Annotated[int, Field(ge=0, lt=1_000_000)] = 0
-    """The first image to take, counted from 0."""
-    count: Count | None = None
-    """How many images to take from there; None is all that follow."""
-
-
-Source = Annotated[
-    FolderSource | ManifestSource | PhotosSource | DigitsSource | IdxSource,
-    Field(discriminator="kind"),
-]
-
-
-class CalibrationSpec(Spec):
-    """Images that quantization may look at; labels are never used."""
-
-    source: Source
-    images: Count = 128
-    """How many network inputs to take: photos, or crops of them."""
-    crops_per_photo: Annotated[int, Field(ge=1, le=1024)] = 1
-    """1 takes the whole photo; more takes that many random crops of each (deterministic)."""
-    seed: Seed = 0
-    manifest: Path | None = None
-    """A calibration manifest: only the photos it names are used, and each must match its sha256."""
-    max_bad_images: Annotated[int, Field(ge=0)] = 0
-    """Unreadable photos allowed before the set is refused; each one is named in the report."""
-
-
-class EvaluationSpec(Spec):
-    """Images that accuracy and agreement are measured on."""
-
-    source: Source
-    crops_per_photo: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Random crops of each photo on which agreement with the float network is measured, too."""
-    seed: Seed = 1
-    max_bad_images: Annotated[int, Field(ge=0)] = 0
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -265,64 +183,6 @@ class QatSpec(PtqSpec):
         """What the training starts from."""
         fields = {name: getattr(self, name) for name in PtqSpec.model_fields}
         return PtqSpec(**{**fields, "method": "ptq"})
-
-
-class RecoverySpec(Spec):
-    """How a pruned network learns on; at the end its BatchNorm statistics are measured anew."""
-
-    source: Source | None = None
-    """Images to learn from; None takes the calibration images. Labels count only where
-    `distillation` is below 1."""
-    steps: Count = 300
-    batch_size: Count = 32
-    learning_rate: LearningRate = 1e-3
-    """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
-    distillation: Share = 1.0
-    """Share of the loss that is the distance to the unpruned network's logits; it needs no label.
-    The rest is cross-entropy with the labels of `source`."""
-    ema: Decay = 0.0
-    """Decay of a moving average of the weights, which the network ends with; 0 is none."""
-    bfloat16: bool = False
-    """Compute layers in bfloat16, as for training."""
-    threads: Threads = 1
-    """Of the processor, as for training."""
-    seed: Seed = 0
-
-
-class PruneSpec(Spec):
-    """Fewer channels: as many as a budget leaves, those that matter most.
-
-    One budget at least; of two, both hold.
-    """
-
-    macs: Budget | None = None
-    """Share of the network's multiply-accumulates that is left."""
-    parameters: Budget | None = None
-    """Share of its parameters that is left."""
-    importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "magnitude"
-    """magnitude: the norm of a channel's weights, BatchNorm folded in. batchnorm: its factor there.
-    activation: its mean size on calibration images. taylor: how much the logits of calibration
-    images would change without it, to first order. No labels are used."""
-    ranking: Literal["global", "local"] = "global"
-    """global: how much each layer loses follows from its importance and its cost. local: all lose
-    the same share."""
-    align: Annotated[int, Field(ge=1, le=1024)] = 8
-    """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
-    or 32 channels at once; the rest of such a set is computed and thrown away."""
-    recovery: RecoverySpec | None = None
-    """None leaves the network with the weights that it has."""
-
-    @property
-    def budgets(self) -> dict[str, float]:
-        """The budgets that are set, by name."""
-        found = {"macs": self.macs, "parameters": self.parameters}
-        return {name: value for name, value in found.items() if value is not None}
-
-    @property
-    def looks_at_images(self) -> bool:
-        """Whether the importance is measured on calibration images."""
-        return self.importance in ("activation", "taylor")
 
 
 QuantizeSpec = Annotated[PtqSpec | QatSpec, Field(discriminator="method")]

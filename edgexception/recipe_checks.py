@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 
 from edgexception.errors import UsageError
-from edgexception.recipe import (
-    AUTO,
-    CheckpointModel,
-    IdxSource,
-    PhotosSource,
-    QatSpec,
-    Recipe,
-    RecoverySpec,
-    Source,
-    TargetSpec,
-    TrainedHereModel,
-)
+from edgexception.recipe import AUTO, CheckpointModel, Recipe, TargetSpec, TrainedHereModel
+from edgexception.recipe_checks_learning import LEARNING_RULES, Rule, labelled
+from edgexception.recipe_data import IdxSource, PhotosSource, Source
 from edgexception.strict_yaml import Fault, KeyPath
 from edgexception.targets import (
     Dialect,
@@ -31,8 +22,6 @@ from edgexception.targets import (
     load_targets,
 )
 from edgexception.typed_yaml import field_name
-
-Rule = Callable[[Recipe], Iterator[Fault]]
 
 
 def recipe_faults(recipe: Recipe, broken: frozenset[str] = frozenset()) -> list[Fault]:
@@ -62,24 +51,6 @@ def _quantize_calibrates(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(
             ("quantize",),
             "needs images to find activation ranges on; add a `calibration:` section",
-        )
-
-
-def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
-    spec = recipe.prune
-    if spec is None:
-        return
-    if not spec.budgets:
-        yield Fault(("prune",), "has no budget; write `macs: 0.5` or `parameters: 0.5`")
-    if spec.looks_at_images and not recipe.calibration:
-        yield Fault(
-            ("prune", "importance"),
-            f"{spec.importance} is measured on images; add a `calibration:` section, or set "
-            "`importance: magnitude`",
-        )
-    if spec.recovery and not spec.recovery.source and not recipe.calibration:
-        yield Fault(
-            ("prune", "recovery"), "needs images to learn from; add a `source:`, or `calibration:`"
         )
 
 
@@ -139,38 +110,6 @@ def _half_layers_have_kernels(recipe: Recipe) -> Iterator[Fault]:
             )
 
 
-def _learners(recipe: Recipe) -> Iterator[tuple[KeyPath, QatSpec | RecoverySpec]]:
-    """Yield what trains a network that is there already, with its place."""
-    if isinstance(recipe.quantize, QatSpec):
-        yield ("quantize",), recipe.quantize
-    if recipe.prune and recipe.prune.recovery:
-        yield ("prune", "recovery"), recipe.prune.recovery
-
-
-def _learners_have_labels(recipe: Recipe) -> Iterator[Fault]:
-    for path, spec in _learners(recipe):
-        if spec.distillation == 1.0:
-            continue
-        if spec.source is None:
-            yield Fault(
-                (*path, "distillation"),
-                f"is {spec.distillation:g}, so labels are needed, and calibration images have "
-                "none; add a labelled `source:`, or set it to 1.0",
-            )
-        else:
-            yield from _labelled(spec.source, (*path, "source"), "distillation below 1")
-
-
-def _learners_have_not_seen_the_evaluation(recipe: Recipe) -> Iterator[Fault]:
-    for path, spec in _learners(recipe):
-        if recipe.evaluation and spec.source == recipe.evaluation.source:
-            yield Fault(
-                (*path, "source"),
-                "is the evaluation's source, too, so the measured accuracy would flatter; "
-                "train on other images",
-            )
-
-
 def _default(spec: object, name: str) -> object:
     return type(spec).model_fields[name].default  # type: ignore[attr-defined]
 
@@ -185,7 +124,7 @@ def _training_fits(recipe: Recipe) -> Iterator[Fault]:
             ("model", "architecture", "head"),
             "is empty, so there are no classes to train; write the number of classes",
         )
-    yield from _labelled(model.source, ("model", "source"), "training")
+    yield from labelled(model.source, ("model", "source"), "training")
 
 
 def _crop_is_used(recipe: Recipe) -> Iterator[Fault]:
@@ -217,16 +156,6 @@ def _evaluation_is_unseen(recipe: Recipe) -> Iterator[Fault]:
             "is the evaluation's source, too, so the measured accuracy would mean nothing; "
             "train on other images",
         )
-
-
-def _labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
-    if isinstance(source, PhotosSource):
-        yield Fault(
-            (*path, "kind"),
-            f"photos have no labels, which {purpose} needs; use a folder or manifest source",
-        )
-    elif isinstance(source, IdxSource) and source.labels is None:
-        yield Fault(path, f"has no labels, which {purpose} needs; add `labels` and `classes`")
 
 
 def _idx_labels_are_named(recipe: Recipe) -> Iterator[Fault]:
@@ -439,13 +368,11 @@ def _gate_has_engines(name: str, targets: Sequence[TargetSpec], path: KeyPath) -
 
 
 RULES: tuple[tuple[str, Rule], ...] = (
-    ("prune calibration", _pruning_has_what_it_needs),
+    *LEARNING_RULES,
     ("quantize calibration", _quantize_calibrates),
     ("quantize", _percentile_is_used),
     ("quantize", _precision_is_one_way),
     ("quantize targets export", _half_layers_have_kernels),
-    ("prune quantize", _learners_have_labels),
-    ("prune quantize evaluation", _learners_have_not_seen_the_evaluation),
     ("model", _training_fits),
     ("model", _crop_is_used),
     ("model calibration evaluation", _idx_labels_are_named),

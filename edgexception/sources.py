@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgexception.errors import BadArtifact, NotPossibleHere, UsageError
 from edgexception.idx_file import read_idx
-from edgexception.recipe import (
+from edgexception.recipe_data import (
     DigitsSource,
     FolderSource,
     IdxSource,

@@ -10,7 +10,7 @@ A stage is a function `write`. What it can run is found from the function itself
    import for type checking, and the data files that it mentions. The agent runs in a process of its
    own, so it is one piece: whoever mentions it mentions all of it.
 
-Three modules are left out: what they do has no part in a result. `tests/traced_stages.py` watches
+A few modules are left out: what they do has no part in a result. `tests/traced_stages.py` watches
 each stage that a test runs in its process and fails when other code ran than is found here.
 """
 
@@ -32,6 +32,8 @@ AGENT = f"{PACKAGE}.agent"
 WITHOUT_PART = {
     f"{PACKAGE}.errors",  # a stage that raises has no result
     f"{PACKAGE}.recipe",  # what a spec says stands in the key as a value
+    f"{PACKAGE}.recipe_data",
+    f"{PACKAGE}.recipe_prune",
     f"{PACKAGE}.workshop",  # it runs stages, and tells of them
 }
 _DOTTED = re.compile(rf"\b{PACKAGE}(?:\.\w+)*")

@@ -24,7 +24,8 @@ from edgexception.device import Progress
 from edgexception.errors import BadArtifact, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import load_model
-from edgexception.recipe import CalibrationSpec, PtqSpec
+from edgexception.recipe import PtqSpec
+from edgexception.recipe_data import CalibrationSpec
 from edgexception.report.assemble import compare
 from edgexception.targets import Form, load_dialects
 from edgexception.workshop import Workshop, versions, write_json

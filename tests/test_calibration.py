@@ -11,7 +11,7 @@ from edgexception.calibration import load_calibration_manifest, write_calibratio
 from edgexception.data import open_calibration
 from edgexception.errors import BadArtifact, EdgexError, UsageError
 from edgexception.preprocess import Preprocess
-from edgexception.recipe import CalibrationSpec, PhotosSource
+from edgexception.recipe_data import CalibrationSpec, PhotosSource
 
 SPEC = Preprocess(input_size=(32, 32))
 

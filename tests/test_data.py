@@ -18,7 +18,7 @@ from edgexception.data import open_calibration, open_evaluation, open_training, 
 from edgexception.errors import BadArtifact, EdgexError, OutOfResources, UsageError
 from edgexception.imageset import ImageSet, random_crop
 from edgexception.preprocess import Preprocess, to_input
-from edgexception.recipe import (
+from edgexception.recipe_data import (
     CalibrationSpec,
     DigitsSource,
     EvaluationSpec,

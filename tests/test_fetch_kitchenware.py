@@ -11,7 +11,7 @@ import pytest
 
 from edgexception.data import open_calibration, open_evaluation
 from edgexception.preprocess import Preprocess
-from edgexception.recipe import CalibrationSpec, EvaluationSpec, ManifestSource, PhotosSource
+from edgexception.recipe_data import CalibrationSpec, EvaluationSpec, ManifestSource, PhotosSource
 
 ROOT = Path(__file__).resolve().parents[1]
 FETCHED = ROOT / ".data" / "kitchenware"

@@ -15,7 +15,8 @@ from edgexception.device import Progress
 from edgexception.errors import BadArtifact
 from edgexception.model.checkpoint import TrainedModel, load_checkpoint, save_checkpoint
 from edgexception.model_stages import import_model
-from edgexception.recipe import DigitsSource, EvaluationSpec, FineTunedModel
+from edgexception.recipe import FineTunedModel
+from edgexception.recipe_data import DigitsSource, EvaluationSpec
 from edgexception.report.network import Network
 from edgexception.train.state import Keeper
 from edgexception.workshop import Workshop

@@ -11,7 +11,8 @@ import pytest
 from recipe_texts import GOOD, edited, faults, write
 
 from edgexception.errors import UsageError
-from edgexception.recipe import CalibrationSpec, CheckpointModel, Gates, PhotosSource
+from edgexception.recipe import CheckpointModel, Gates
+from edgexception.recipe_data import CalibrationSpec, PhotosSource
 from edgexception.recipe_file import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -17,20 +17,22 @@ from edgexception.errors import UsageError
 from edgexception.preprocess import Preprocess, PreprocessChanges
 from edgexception.recipe import (
     BenchSpec,
-    CalibrationSpec,
     CheckpointModel,
-    DigitsSource,
-    EvaluationSpec,
     FineTunedModel,
-    FolderSource,
     Gates,
-    IdxSource,
-    ManifestSource,
     PtqSpec,
     QatSpec,
     Recipe,
     TargetSpec,
     TrainedHereModel,
+)
+from edgexception.recipe_data import (
+    CalibrationSpec,
+    DigitsSource,
+    EvaluationSpec,
+    FolderSource,
+    IdxSource,
+    ManifestSource,
 )
 from edgexception.recipe_file import dump_recipe, load_recipe, recipe_schema
 

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from test_idx_file import idx
 
 from edgexception.errors import BadArtifact, EdgexError, NotPossibleHere, UsageError
-from edgexception.recipe import DigitsSource, FolderSource, IdxSource, ManifestSource, PhotosSource
+from edgexception.recipe_data import (
+    DigitsSource,
+    FolderSource,
+    IdxSource,
+    ManifestSource,
+    PhotosSource,
+)
 from edgexception.sources import list_source, relative_name
 
 

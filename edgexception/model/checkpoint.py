@@ -26,7 +26,7 @@ from edgexception.model.tensors import assemble, first_fault, printable, refuse
 from edgexception.model.torch_file import TIMM_PREPROCESS, open_safetensors, read_pth, timm_network
 from edgexception.model.xception import Xception
 from edgexception.preprocess import Preprocess, PreprocessChanges
-from edgexception.recipe import ClassName
+from edgexception.recipe_data import ClassName
 
 MOST_BYTES = 4 * 2**30
 MOST_METADATA = 16 * 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgexception.errors import UsageError
 from edgexception.imageset import ImageSet
 from edgexception.model.xception import Xception
-from edgexception.recipe import RecoverySpec
+from edgexception.recipe_prune import RecoverySpec
 from edgexception.train.classifier import learn
 from edgexception.train.loop import Course, Report
 from edgexception.train.objective import Objective

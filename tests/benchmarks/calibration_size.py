@@ -35,7 +35,8 @@ from edgexception.pipeline import run
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.ptq import quantize_ptq
 from edgexception.quantize.simulate import simulate
-from edgexception.recipe import CalibrationSpec, PtqSpec, QatSpec, Recipe
+from edgexception.recipe import PtqSpec, QatSpec, Recipe
+from edgexception.recipe_data import CalibrationSpec
 from edgexception.recipe_file import load_recipe
 from edgexception.sources import list_source
 

@@ -13,7 +13,7 @@ from edgexception.errors import UsageError
 from edgexception.model.xception import Xception
 from edgexception.prune.apply import pruned
 from edgexception.prune.recover import recover
-from edgexception.recipe import RecoverySpec
+from edgexception.recipe_prune import RecoverySpec
 from edgexception.train.objective import distance, normalized
 
 IMAGES = image_set(random_images(12, (36, 36)))

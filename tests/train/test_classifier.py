@@ -26,7 +26,8 @@ from edgexception.imageset import ImageSet, Photo, Pixels, decode
 from edgexception.model.graph import inference_graph, to_graph_input
 from edgexception.model.xception import Xception
 from edgexception.preprocess import Preprocess
-from edgexception.recipe import DigitsSource, FineTunedModel, TrainedHereModel
+from edgexception.recipe import FineTunedModel, TrainedHereModel
+from edgexception.recipe_data import DigitsSource
 from edgexception.train.classifier import decaying, fine_tune, train
 from edgexception.train.loop import batch_count, schedule
 from edgexception.train.objective import normalized

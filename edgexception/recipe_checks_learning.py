@@ -1,0 +1,81 @@
+"""What the sections that prune, and those that train a network further, ask of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from edgexception.recipe import QatSpec, Recipe
+from edgexception.recipe_data import IdxSource, PhotosSource, Source
+from edgexception.recipe_prune import RecoverySpec
+from edgexception.strict_yaml import Fault, KeyPath
+
+Rule = Callable[[Recipe], Iterator[Fault]]
+
+
+def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
+    spec = recipe.prune
+    if spec is None:
+        return
+    if not spec.budgets:
+        yield Fault(("prune",), "has no budget; write `macs: 0.5` or `parameters: 0.5`")
+    if spec.looks_at_images and not recipe.calibration:
+        yield Fault(
+            ("prune", "importance"),
+            f"{spec.importance} is measured on images; add a `calibration:` section, or set "
+            "`importance: magnitude`",
+        )
+    if spec.recovery and not spec.recovery.source and not recipe.calibration:
+        yield Fault(
+            ("prune", "recovery"), "needs images to learn from; add a `source:`, or `calibration:`"
+        )
+
+
+def _learners(recipe: Recipe) -> Iterator[tuple[KeyPath, QatSpec | RecoverySpec]]:
+    """Yield what trains a network that is there already, with its place."""
+    if isinstance(recipe.quantize, QatSpec):
+        yield ("quantize",), recipe.quantize
+    if recipe.prune and recipe.prune.recovery:
+        yield ("prune", "recovery"), recipe.prune.recovery
+
+
+def _learners_have_labels(recipe: Recipe) -> Iterator[Fault]:
+    for path, spec in _learners(recipe):
+        if spec.distillation == 1.0:
+            continue
+        if spec.source is None:
+            yield Fault(
+                (*path, "distillation"),
+                f"is {spec.distillation:g}, so labels are needed, and calibration images have "
+                "none; add a labelled `source:`, or set it to 1.0",
+            )
+        else:
+            yield from labelled(spec.source, (*path, "source"), "distillation below 1")
+
+
+def _learners_have_not_seen_the_evaluation(recipe: Recipe) -> Iterator[Fault]:
+    for path, spec in _learners(recipe):
+        if recipe.evaluation and spec.source == recipe.evaluation.source:
+            yield Fault(
+                (*path, "source"),
+                "is the evaluation's source, too, so the measured accuracy would flatter; "
+                "train on other images",
+            )
+
+
+def labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
+    """Yield a fault where a source has no labels."""
+    if isinstance(source, PhotosSource):
+        yield Fault(
+            (*path, "kind"),
+            f"photos have no labels, which {purpose} needs; use a folder or manifest source",
+        )
+    elif isinstance(source, IdxSource) and source.labels is None:
+        yield Fault(path, f"has no labels, which {purpose} needs; add `labels` and `classes`")
+
+
+LEARNING_RULES: tuple[tuple[str, Rule], ...] = (
+    ("prune calibration", _pruning_has_what_it_needs),
+    ("prune quantize", _learners_have_labels),
+    ("prune quantize evaluation", _learners_have_not_seen_the_evaluation),
+)
+"""These rules with the sections they read."""

@@ -1,0 +1,77 @@
+"""The section of a recipe that prunes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from edgexception.recipe_data import (
+    Budget,
+    Count,
+    Decay,
+    LearningRate,
+    Seed,
+    Share,
+    Source,
+    Spec,
+    Threads,
+)
+
+
+class RecoverySpec(Spec):
+    """How a pruned network learns on; at the end its BatchNorm statistics are measured anew."""
+
+    source: Source | None = None
+    """Images to learn from; None takes the calibration images. Labels count only where
+    `distillation` is below 1."""
+    steps: Count = 300
+    batch_size: Count = 32
+    learning_rate: LearningRate = 1e-3
+    """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-4
+    distillation: Share = 1.0
+    """Share of the loss that is the distance to the unpruned network's logits; it needs no label.
+    The rest is cross-entropy with the labels of `source`."""
+    ema: Decay = 0.0
+    """Decay of a moving average of the weights, which the network ends with; 0 is none."""
+    bfloat16: bool = False
+    """Compute layers in bfloat16, as for training."""
+    threads: Threads = 1
+    """Of the processor, as for training."""
+    seed: Seed = 0
+
+
+class PruneSpec(Spec):
+    """Fewer channels: as many as a budget leaves, those that matter most.
+
+    One budget at least; of two, both hold.
+    """
+
+    macs: Budget | None = None
+    """Share of the network's multiply-accumulates that is left."""
+    parameters: Budget | None = None
+    """Share of its parameters that is left."""
+    importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "magnitude"
+    """magnitude: the norm of a channel's weights, BatchNorm folded in. batchnorm: its factor there.
+    activation: its mean size on calibration images. taylor: how much the logits of calibration
+    images would change without it, to first order. No labels are used."""
+    ranking: Literal["global", "local"] = "global"
+    """global: how much each layer loses follows from its importance and its cost. local: all lose
+    the same share."""
+    align: Annotated[int, Field(ge=1, le=1024)] = 8
+    """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
+    or 32 channels at once; the rest of such a set is computed and thrown away."""
+    recovery: RecoverySpec | None = None
+    """None leaves the network with the weights that it has."""
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        found = {"macs": self.macs, "parameters": self.parameters}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether the importance is measured on calibration images."""
+        return self.importance in ("activation", "taylor")
