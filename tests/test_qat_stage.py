@@ -66,7 +66,7 @@ def photo_of_the_evaluation(folder: Path) -> Path:
     """Write a digit of the test split as a photo of 8x8 pixels, which becomes the same input."""
     from PIL import Image  # noqa: PLC0415
 
-    from edgexception.recipe import DigitsSource  # noqa: PLC0415
+    from edgexception.recipe_data import DigitsSource  # noqa: PLC0415
     from edgexception.sources import list_source  # noqa: PLC0415
 
     entry = list_source(DigitsSource(kind="digits", split="test")).entries[0]
