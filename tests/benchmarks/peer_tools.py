@@ -245,13 +245,14 @@ def openvino_engine(graph: Path, threads: int, folder: Path) -> Path:
     model.reshape({model.inputs[0]: shape})
     folder.mkdir()
     exported = io.BytesIO()
-    core.compile_model(model, "CPU", _properties(Options(1, threads))).export_model(exported)
+    options = Options(1, threads)
+    core.compile_model(model, "CPU", _properties(options)).export_model(exported)
     (folder / "engine.blob").write_bytes(exported.getbuffer())
     record = {
         "runtime": "openvino", "engine": "engine.blob", "versions": {}, "settings": {},
         "batch": 1, "threads": threads,
     }  # fmt: skip
-    manifest.write(folder, graph, record, load("openvino").version())
+    manifest.write(folder, graph, options, record, load("openvino").version())
     return folder / "engine.blob"
 
 
