@@ -46,8 +46,8 @@ def effects(
         with torch.inference_mode():
             for name, questions in changes.items():
                 for number, question in enumerate(questions):
-                    change = question(values).flatten(1).unsqueeze(1)  # (images, 1, values)
-                    moved = torch.linalg.vecdot(slopes[name], change)  # (images, probes)
+                    change = question(values).flatten(1).unsqueeze(2)  # (images, values, 1)
+                    moved = torch.bmm(slopes[name], change)  # (images, probes, 1)
                     found[name][number] += float(moved.double().square().sum())
     return {name: total / (PROBES * max(signal, 1e-30)) for name, total in found.items()}
 
