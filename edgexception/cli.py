@@ -42,6 +42,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Device = Annotated[
     str | None, typer.Option(help="ssh://user@host[:port], or a name in devices.yaml.")
 ]
+PowerMode = Annotated[
+    str | None,
+    typer.Option(help="Time a Jetson in this mode of nvpmodel, then put back the mode it had."),
+]
+LockClocks = Annotated[
+    bool, typer.Option("--lock-clocks", help="Hold a Jetson's clocks at their highest while timed.")
+]
 Keep = Annotated[
     bool, typer.Option("--keep", help="Leave on the device what was sent there, for the next time.")
 ]
@@ -102,6 +109,8 @@ _ENGINE: dict[str, Any] = _QUANTIZE | {
     "device": Device,
     "keep": Keep,
 }
+_BENCH = _ENGINE | {"power_mode": PowerMode, "lock_clocks": LockClocks}
+_WHERE = ("device", "keep", "power_mode", "lock_clocks")
 
 
 def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> None:
@@ -111,18 +120,18 @@ def _stage_command(name: str, last: Last, flags: dict[str, Any], text: str) -> N
         with exit_codes():
             from edgexception.short_form import Flags, recipe_of
 
-            device, keep = given.pop("device", None), given.pop("keep", False)
+            where = {name: given.pop(name) for name in _WHERE if name in given}
             end: Last = "prune-plan" if given.pop("plan_only", False) else last
             said: dict[str, Any] = {
                 key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
             }
             recipe = recipe_of(source, Flags(**said), last)
-            _run(recipe, end, out, json_, quiet, device, keep)
+            _run(recipe, end, out, json_, quiet, **where)
 
     command.__doc__ = text
     annotations = {"source": Source, **flags, "out": Out, "json_": Json, "quiet": Quiet}
     command.__annotations__ = annotations
-    switches = ("json_", "quiet", "keep", "plan_only")
+    switches = ("json_", "quiet", "keep", "plan_only", "lock_clocks")
     defaults: dict[str, Any] = dict.fromkeys(switches, False)
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -146,12 +155,15 @@ def run_recipe(
     quiet: Quiet = False,
     device: Device = None,
     keep: Keep = False,
+    power_mode: PowerMode = None,
+    lock_clocks: LockClocks = False,
 ) -> None:
     """Run a whole recipe: import, prune, quantize, export, build, measure, report, gates."""
     with exit_codes():
         from edgexception.recipe_file import load_recipe
 
-        _run(load_recipe(recipe), "bench", out, json_, quiet, device, keep)
+        where = {"power_mode": power_mode, "lock_clocks": lock_clocks}
+        _run(load_recipe(recipe), "bench", out, json_, quiet, device=device, keep=keep, **where)
 
 
 _stage_command("import", "import", _MODEL, "Read a trained network and check it.")
@@ -162,7 +174,7 @@ _stage_command(
 )
 _stage_command("export", "export", _FORMS, "Write ONNX, in float and in INT8, and compare.")
 _stage_command("build-engine", "build", _ENGINE, "Build engines for a target.")
-_stage_command("bench", "bench", _ENGINE, "Build engines, and measure latency and accuracy.")
+_stage_command("bench", "bench", _BENCH, "Build engines, and measure latency and accuracy.")
 
 
 def _run(
@@ -171,21 +183,20 @@ def _run(
     out: Path | None,
     json_: bool,
     quiet: bool,
-    device: str | None = None,
-    keep: bool = False,
+    **where: Any,
 ) -> None:
     from edgexception.errors import GateFailed, UsageError
     from edgexception.pipeline import Listener, Where, run
     from edgexception.recipe_file import dump_recipe
     from edgexception.report.render import gate_lines, to_text
 
-    if keep and device is None:
+    if where.get("keep") and where["device"] is None:
         raise UsageError("--keep has no effect without --device")
     console = Console(quiet)
     folder = out or Path("build") / recipe.name
     with console.data_only():
         listener = Listener(console.stage, console.progress, console.warn, console.tell)
-        report, fault = run(recipe, folder, last, listener, Where(device, keep))
+        report, fault = run(recipe, folder, last, listener, Where(**where))
     if not fault and all(line.reused for line in report.stages):
         console.say(f"nothing to do: all {len(report.stages)} stages were done before")
     with console.reader_may_leave():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgexception.ability import why_not_built
 from edgexception.artifacts import Artifact
+from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.device import ProbeRecord
 from edgexception.errors import NotPossibleHere
@@ -77,28 +79,31 @@ def evaluate(
 
 def bench(
     shop: Workshop, engines: Sequence[tuple[Engine, Artifact]], spec: BenchSpec
-) -> dict[str, list[NDArray[np.int64]]]:
-    """Measure all engines in turns; return every raw time in ns, by engine and round."""
+) -> dict[str, tuple[list[NDArray[np.int64]], Conditions]]:
+    """Measure all engines in turns; return every raw time in ns by round, and the conditions."""
 
     def write(folder: Path) -> None:
         measured = [engine for engine, _ in engines]
-        measure_latency(measured, spec, shop.device, folder / "rounds", shop.progress)
+        measure_latency(measured, spec, shop.device, folder / "rounds", shop.progress, shop.power)
 
     inputs = {
         "engines": [
             [engine.key, built.digest, engine.batch, engine.threads] for engine, built in engines
         ],
         "spec": spec.model_dump(),
+        "power": shop.power,
         "machines": [shop.identity(runtime) for runtime in sorted({e.runtime for e, _ in engines})],
     }
     artifact = shop.once("bench", f"{len(engines)} engines", inputs, write)
-    return {
-        engine.key: [
-            np.load(artifact.file(f"rounds/{turn}/times_ns.npy"), allow_pickle=False)
-            for turn in (f"round-{r}-engine-{number}" for r in range(1, spec.rounds + 1))
-        ]
-        for number, (engine, _) in enumerate(engines, start=1)
-    }
+    found = {}
+    for number, (engine, _) in enumerate(engines, start=1):
+        turns = [f"rounds/round-{r}-engine-{number}" for r in range(1, spec.rounds + 1)]
+        times = [np.load(artifact.file(f"{turn}/times_ns.npy")) for turn in turns]
+        samples = [read_samples(artifact.file(f"{turn}/telemetry.json")) for turn in turns]
+        record = json.loads(artifact.file(f"{turns[0]}/record.json").read_bytes())
+        told = conditions(samples, times, engine.batch, record["power_mode"])
+        found[engine.key] = (times, told)
+    return found
 
 
 def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
 from edgexception.ability import Reader, why_not_measured, why_not_run
 from edgexception.artifacts import Artifact, Store
+from edgexception.bench.conditions import Conditions
 from edgexception.bench.executed import check_placement
 from edgexception.bench.statistics import Times
 from edgexception.calibration_size import too_few
@@ -79,6 +80,16 @@ class Where:
     device: str | None = None
     keep: bool = False
     """Whether what was sent there stays, for the next run."""
+    power_mode: str | None = None
+    lock_clocks: bool = False
+    """What a Jetson is changed to while it is timed, and back from after."""
+
+    @property
+    def power(self) -> dict[str, Any] | None:
+        """The changes as a request has them; None where there are none."""
+        if self.power_mode is None and not self.lock_clocks:
+            return None
+        return {"mode": self.power_mode, "lock_clocks": self.lock_clocks}
 
 
 HERE = Where()
@@ -109,7 +120,8 @@ def run(
     _check_sources(recipe, last, out)
     listener = listener or Listener()
     with _device(where) as device, open_output(out) as store:
-        shop = Workshop(store, device, _probe(device, store), listener.stage, listener.progress)
+        machine = _probe(device, store, where.power)
+        shop = Workshop(store, device, machine, listener.stage, listener.progress, where.power)
         recipe, said = settle(recipe, shop.machine)
         for text in said:
             listener.notice(text)
@@ -177,9 +189,11 @@ def _device(where: Where) -> AbstractContextManager[Device]:
     return open_device(where.device, where.keep)
 
 
-def _probe(device: Device, store: Store) -> ProbeRecord:
+def _probe(device: Device, store: Store, power: dict[str, Any] | None) -> ProbeRecord:
     with store.scratch() as folder:
-        return ProbeRecord.model_validate(device.call("probe", {}, {}, folder / "answer"))
+        return ProbeRecord.model_validate(
+            device.call("probe", {"power": power}, {}, folder / "answer")
+        )
 
 
 # --- the steps ------------------------------------------------------------------------------------
@@ -312,8 +326,9 @@ def _measure(state: RunState) -> None:
                 logits = evaluate(state.shop, engine_of(place, built), built, answers)
                 state.measured[place] = Measured(logits=logits, reference=floats)
     if state.recipe.bench is not None:
-        for place, rounds in _latency(state, state.recipe.bench).items():
-            state.measured.setdefault(place, Measured()).rounds = rounds
+        for place, (rounds, told) in _latency(state, state.recipe.bench).items():
+            measured = state.measured.setdefault(place, Measured())
+            measured.rounds, measured.conditions = rounds, told
 
 
 def _to_run(state: RunState) -> dict[Place, Artifact]:
@@ -322,7 +337,7 @@ def _to_run(state: RunState) -> dict[Place, Artifact]:
     return {place: built for place, built in state.engines.items() if place not in left_out}
 
 
-def _latency(state: RunState, spec: BenchSpec) -> dict[Place, list[Times]]:
+def _latency(state: RunState, spec: BenchSpec) -> dict[Place, tuple[list[Times], Conditions]]:
     """Measure every engine that works; one that fails is taken out and the others start again."""
     while True:
         working = _to_run(state)
@@ -330,7 +345,7 @@ def _latency(state: RunState, spec: BenchSpec) -> dict[Place, list[Times]]:
             return {}
         try:
             engines = [(engine_of(place, built), built) for place, built in working.items()]
-            times = bench(state.shop, engines, spec)
+            found = bench(state.shop, engines, spec)
         except (OutOfResources, DeviceLost):
             raise
         except EdgexError as error:
@@ -339,7 +354,7 @@ def _latency(state: RunState, spec: BenchSpec) -> dict[Place, list[Times]]:
                 raise
             state.faults[failed[0]] = error
         else:
-            return {place: times[place.key] for place in working}
+            return {place: found[place.key] for place in working}
 
 
 Key = TypeVar("Key")

@@ -26,6 +26,8 @@ class Workshop:
     machine: ProbeRecord
     tell: Callable[[StageLine], None] = lambda _: None
     progress: Callable[[Progress], None] = lambda _: None
+    power: Mapping[str, Any] | None = None
+    """What a Jetson is changed to while it is timed: `mode` and `lock_clocks`; None is nothing."""
     done: list[StageLine] = field(default_factory=list)
     unfinished: Path = field(default_factory=Path)
     """Where the stage that is made just now keeps what a later run of it can go on from."""

@@ -118,9 +118,7 @@ def _download(apt: Path) -> list[Path]:
 
 def _install_wheels(target: Path) -> None:
     """Install aarch64 wheels; of ONNX Runtime the version that is compared with."""
-    platforms = [
-        f"--platform=manylinux_2_{minor}_aarch64" for minor in (17, 27, 28)
-    ]
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (17, 27, 28)]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
          "--target", target, "--no-deps", "--only-binary=:all:", *platforms,

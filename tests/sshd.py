@@ -88,7 +88,7 @@ class Sshd:
         script.chmod(0o755)
 
     def _start(self, file_limit: int | None) -> None:
-        bin_path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        bin_path = f"{self.folder / 'tools'}:{Path(sys.executable).parent}:/usr/bin:/bin"
         home = str(self.home).replace("\\", "\\\\").replace('"', '\\"')
         (self.folder / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder / 'host_key'}\n"

@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 # Per verb, the fields its request may have.
 FIELDS = {
-    "probe": (),
+    "probe": ("power",),
     "build": ("runtime", "model", "batch", "threads", "sm", "tensorrt"),
     "run": (
         "runtime",
@@ -28,6 +28,7 @@ FIELDS = {
         "threads",
         "images",
         "timing",
+        "power",
         "tensorrt",
     ),
 }

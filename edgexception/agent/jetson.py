@@ -71,6 +71,11 @@ class Tegrastats:
         self._pending = b""
         self._process = None if path is None else _start(path)
 
+    @property
+    def running(self) -> bool:
+        """Whether there is one, and it has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def read(self) -> list[dict[str, Any]]:
         """Return the lines that came since the last call, without waiting for any."""
         if self._process is None or self._process.stdout is None:

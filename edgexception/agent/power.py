@@ -72,16 +72,36 @@ def read_wanted(request: Request) -> Wanted | None:
     value = request.fields.get("power")
     if value is None:
         return None
-    mode, lock = (value.get("mode"), value.get("lock_clocks")) if isinstance(value, dict) else (0, 0)
-    fits = (mode is None or isinstance(mode, str)) and isinstance(lock, bool)
-    if not fits or not set(value) <= {"mode", "lock_clocks"}:
-        raise AgentError("usage", "request: power must be null or have mode and lock_clocks")
-    return Wanted(mode, lock)
+    if isinstance(value, dict) and set(value) == {"mode", "lock_clocks"}:
+        mode, lock = value["mode"], value["lock_clocks"]
+        if (mode is None or isinstance(mode, str)) and isinstance(lock, bool):
+            return Wanted(mode, lock)
+    raise AgentError("usage", "request: power must be null or have mode and lock_clocks")
 
 
 def parse_modes(text: str) -> dict[str, str]:
     """Return the numbers of the power modes that nvpmodel's settings have, by their names."""
     return {name: number for number, name in _MODE.findall(text)}
+
+
+def check(wanted: Wanted) -> tuple[_Runner, str, dict[str, str]]:
+    """Return what runs the tools, the mode that is set, and the modes there are, as `held` needs.
+
+    Raises AgentError where `held` could not start; nothing is changed.
+    """
+    run, before, modes = _root(), power_mode(), _modes()
+    if before is None:
+        raise AgentError(
+            "not-possible-here",
+            "nvpmodel tells no power mode here: --power-mode and --lock-clocks are for a Jetson",
+        )
+    if wanted.mode not in (None, before) and not {wanted.mode, before} <= set(modes):
+        raise AgentError(
+            "not-possible-here",
+            f"there is no power mode {wanted.mode!r} to change to from {before!r} here: this "
+            f"device has {', '.join(modes) or 'none that it tells'}",
+        )
+    return run, before, modes
 
 
 @contextmanager
@@ -91,19 +111,12 @@ def held(wanted: Wanted | None) -> Iterator[None]:
     Raises AgentError where this is no Jetson, sudo wants a password, the mode is not known, or the
     mode is not reached without a restart; and where it cannot be put back.
     """
-    if wanted is None or (wanted.mode is None and not wanted.lock_clocks):
+    if wanted is None:
         yield
         return
-    run, before = _root(), _named(power_mode())
-    change = wanted.mode is not None and wanted.mode != before
-    modes = _modes() if change else {}
-    if change and (wanted.mode not in modes or before not in modes):
-        raise AgentError(
-            "not-possible-here",
-            f"there is no power mode {wanted.mode!r} to change to from {before!r} here: this "
-            f"device has {', '.join(modes) or 'none that it tells'}",
-        )
     with _lock() as lock:
+        run, before, modes = check(wanted)
+        change = wanted.mode is not None and wanted.mode != before
         folder = tempfile.mkdtemp(prefix="edgexception-power-")
         stored = f"{folder}/clocks"
         # From the outside in: the clocks are those of the mode that is set, and go with it.
@@ -184,15 +197,6 @@ def _output(command: list[str]) -> str | None:
         return str(error)
     said = done.stdout.decode("utf-8", "replace").strip().splitlines()
     return (said[-1][:200] if said else f"code {done.returncode}") if done.returncode else None
-
-
-def _named(mode: str | None) -> str:
-    if mode is None:
-        raise AgentError(
-            "not-possible-here",
-            "nvpmodel tells no power mode here: --power-mode and --lock-clocks are for a Jetson",
-        )
-    return mode
 
 
 def _modes() -> dict[str, str]:

@@ -17,7 +17,15 @@ from edgexception.agent.machine import read_text
 
 INTERVAL_NS = 250_000_000
 
+IDLE_S = 2.0
+"""Of the baseline of the power; tegrastats writes 8 lines in it."""
+
 _CPU = Path("/sys/devices/system/cpu")
+_THERMAL = Path("/sys/class/thermal")
+_DEVFREQ = Path("/sys/class/devfreq")
+_GPUS = (".gpu", ".ga10b", "-gpc-0")
+"""How the GPU is called there: by JetPack 6 and 7 on Orin, and on Thor."""
+_HWMON = Path("/sys/class/hwmon")
 _MHZ = re.compile(r"^cpu MHz\s*:\s*([0-9.]+)$", re.MULTILINE)
 
 
@@ -26,14 +34,20 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.samples: list[dict[str, object]] = []
+        self.phase = "open"
+        """What the machine does now; every sample says it."""
         self._tegrastats = Tegrastats()
         cpus = sorted(os.sched_getaffinity(0))[:64]
         frequencies = [_CPU / f"cpu{cpu}/cpufreq/scaling_cur_freq" for cpu in cpus]
         self._frequencies = [path for path in frequencies if path.is_file()]
         self._zones = {
             f"{zone.name}:{read_text(zone / 'type').strip()}": zone / "temp"
-            for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*"))[:32]
+            for zone in sorted(_THERMAL.glob("thermal_zone*"))[:32]
         }
+        self._counters = _counters()
+        self._gpus = [
+            path / "cur_freq" for path in sorted(_DEVFREQ.glob("*")) if path.name.endswith(_GPUS)
+        ]
 
     def pause(self, now_ns: int) -> None:
         """Take a sample if one is due; called between two iterations."""
@@ -46,18 +60,34 @@ class Telemetry:
         self.samples.append(
             {
                 "t_ns": time.monotonic_ns(),
+                "phase": self.phase,
                 "cpu_mhz": self._mhz(),
                 "load_1min": os.getloadavg()[0],
                 # Threads that wait in a spin use it whole: less than wall time x threads means
                 # that others had the cores.
                 "process_cpu_ns": time.process_time_ns(),
+                "gpu_mhz": [hz / 1e6 for hz in map(_number, self._gpus) if hz is not None],
                 "celsius": self._celsius(),
+                "throttle": {
+                    name: count
+                    for name, path in self._counters.items()
+                    if (count := _number(path)) is not None
+                },
                 "rss_bytes": memory_bytes("VmRSS"),
                 "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
                 "stolen_ticks": _stolen_ticks(),
                 "tegrastats": self._tegrastats.read(),
             }
         )
+
+    def rest(self) -> None:
+        """Observe the machine while it does nothing, where its power is told; else return."""
+        if not self._tegrastats.running:
+            return
+        self.phase, end = "idle", time.monotonic() + IDLE_S
+        while time.monotonic() < end:
+            time.sleep(INTERVAL_NS / 1e9)
+            self.sample()
 
     def close(self) -> None:
         """End what was started to observe."""
@@ -85,6 +115,30 @@ def memory_bytes(field: str) -> int | None:
     """
     found = re.search(rf"^{field}:\s*(\d+) kB$", read_text(Path("/proc/self/status")), re.MULTILINE)
     return int(found.group(1)) * 1024 if found else None
+
+
+def _counters() -> dict[str, Path]:
+    """Return what counts or tells throttling, by name.
+
+    x86: thermal_throttle of the kernel. Jetson: events of over-current (oc*_event_cnt; Jetson Linux
+    Developer Guide, "Overcurrent and Undervoltage Throttling"). Everywhere: how active a cooling
+    device is that is no fan.
+    """
+    found = {
+        f"{path.parents[1].name} {path.name}": path
+        for path in sorted(_CPU.glob("cpu[0-9]*/thermal_throttle/*_throttle_count"))
+    }
+    found |= {f"{path.parent.name} {path.name}": path for path in _HWMON.glob("*/oc*_event_cnt")}
+    for device in sorted(_THERMAL.glob("cooling_device*")):
+        kind = read_text(device / "type").strip()
+        if "fan" not in kind.lower():
+            found[f"{device.name} ({kind})"] = device / "cur_state"
+    return dict(list(found.items())[:64])
+
+
+def _number(path: Path) -> int | None:
+    text = read_text(path).strip()
+    return int(text) if text.isdigit() else None
 
 
 def _stolen_ticks() -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.agent import jetson, machine, manifest, runtimes, timing
+from edgexception.agent import jetson, machine, manifest, power, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
@@ -50,7 +50,10 @@ def probe(request: Request, out: Path) -> None:
 
     Each runtime is imported in its own process: one that crashes the interpreter at import, as a
     wheel for another processor does, is reported as missing, not as the end of the probe.
+    A `power` that could not be set is refused here, before anything is done.
     """
+    if (wanted := power.read_wanted(request)) is not None:
+        power.check(wanted)
     start = [sys.executable, "-I", "-c", _DESCRIBE, json.dumps(sys.path)]
     # The folder of the package, or the zipapp, that this very agent comes from.
     root = str(Path(__file__).parents[2])
@@ -112,6 +115,7 @@ def run(request: Request, out: Path) -> None:
     path = request.file("images") if request.fields.get("images") is not None else None
     if times is None and path is None:
         raise AgentError("usage", "request: run needs images, timing or both")
+    wanted = power.read_wanted(request)
 
     start = time.monotonic()
     runtime = runtimes.load(name)
@@ -122,8 +126,6 @@ def run(request: Request, out: Path) -> None:
     opened = time.monotonic()
     images = None if path is None else open_images(path, session.shape)
 
-    telemetry = Telemetry()
-    telemetry.sample()
     record = {
         **_common(name, runtime, options),
         "settings": session.settings,
@@ -132,7 +134,10 @@ def run(request: Request, out: Path) -> None:
         "warmup_iterations": 0,
     }
     files = ["telemetry.json"]
-    with runtimes.blaming(f"{name} failed while it ran {engine.name}"):
+    with power.held(wanted), runtimes.blaming(f"{name} failed while it ran {engine.name}"):
+        record["power_mode"] = jetson.power_mode()
+        telemetry = Telemetry()
+        telemetry.sample()
         if times is not None:
             record["warmup_iterations"] = _time(session, images, times, telemetry, out)
             files.append("times_ns.npy")
@@ -140,8 +145,8 @@ def run(request: Request, out: Path) -> None:
             logits = classify(session, images, telemetry.pause)
             np.save(out / "logits.npy", logits, allow_pickle=False)
             files.append("logits.npy")
-    telemetry.sample()
-    telemetry.close()
+        telemetry.sample()
+        telemetry.close()
     write_json(out / "telemetry.json", telemetry.samples)
     record["peak_rss_bytes"] = memory_bytes("VmHWM")
     answer(out, record, tuple(files))
@@ -211,8 +216,14 @@ def _time(
         telemetry.pause(now)
         ticker.tick(now)
 
+    telemetry.rest()
+    telemetry.phase = "warm-up"
     warm = timing.warm_up(call, warmup_ns, pause)
+    telemetry.phase = "timing"
+    telemetry.sample()
     raw = timing.measure(call, duration_ns, times["min_iterations"], pause)
+    telemetry.sample()
+    telemetry.phase = "images"
     np.save(out / "times_ns.npy", raw, allow_pickle=False)
     return warm
 

@@ -65,13 +65,15 @@ def measure_latency(
     device: Device,
     work: Path,
     progress: Report | None = None,
+    power: Mapping[str, Any] | None = None,
 ) -> dict[str, list[Times]]:
     """Return per engine key the raw times of every round, in ns: one iteration is one batch.
 
     Round 1 of every engine comes first, then round 2, so that a machine that gets slower meanwhile
     does so for all; each round starts with another engine. The raw files, the telemetry and
     the record of each run stay in `work`/round-N-engine-M. `spec.batch_sizes` is not looked at:
-    an engine has one.
+    an engine has one. `power` is what the agent changes and puts back in each run: `mode`, a
+    Jetson's power mode or None, and `lock_clocks`.
 
     Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
     `engine` names the one it was.
@@ -95,7 +97,7 @@ def measure_latency(
                 progress(Progress(what, done, total, left))
             out = work / f"round-{turn + 1}-engine-{number + 1}"
             try:
-                _run(engine, device, out, timing=timing)
+                _run(engine, device, out, timing=timing, power=power)
                 raw[engine.key].append(_times(out, engine.key, spec))
             except EdgexError as error:
                 error.engine = engine.key
@@ -140,6 +142,7 @@ def _run(
     timing: dict[str, int] | None = None,
     images: Path | None = None,
     progress: Report | None = None,
+    power: Mapping[str, Any] | None = None,
 ) -> None:
     name = f"engine{engine.path.suffix}"
     files = {name: engine.path, MANIFEST: engine.path.with_name(MANIFEST)}
@@ -153,6 +156,7 @@ def _run(
         "threads": engine.threads,
         "images": None if images is None else "images.npy",
         "timing": timing,
+        "power": power,
         "tensorrt": engine.tensorrt,
     }
     record = device.call("run", request, files, out, progress)

@@ -193,6 +193,8 @@ class RunRecord(EngineRecord):
     open_s: float
     warmup_iterations: int
     peak_rss_bytes: int | None
+    power_mode: str | None = None
+    """While it ran: a Jetson's, as nvpmodel calls it; None elsewhere."""
 
 
 RECORDS: dict[str, type[Facts]] = {"probe": ProbeRecord, "build": BuildRecord, "run": RunRecord}

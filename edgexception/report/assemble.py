@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgexception import __version__
 from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
+from edgexception.bench.conditions import Conditions
 from edgexception.bench.executed import executed
 from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
@@ -43,6 +44,7 @@ from edgexception.report.record import (
     Sensitivity,
     Share,
     StageLine,
+    TimedUnder,
     Types,
 )
 from edgexception.targets import Form, Precision, find_target, form_of, is_int8
@@ -101,6 +103,7 @@ class Measured:
     logits: NDArray[np.float32] | None = None
     reference: NDArray[np.float32] | None = None
     rounds: list[Times] | None = None
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,7 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "latency": Latency.model_validate(latency),
         "images_per_second": place.batch / latency.median_ms * 1000,
+        "conditions": measured.conditions and TimedUnder.model_validate(measured.conditions),
     }
     slow = found.measured.get(replace(place, precision="fp32"), Measured()).rounds
     if slow is not None and place.precision != "fp32":

@@ -42,7 +42,9 @@ def _row(gates: Gates, row: Row, rows: Sequence[Row]) -> Iterator[GateResult]:
     yield from _at_least("executed_int8_share_min", gates.executed_int8_share_min, share, row)
     if row.batch == rows[0].batch:
         speedup = row.speedup.value if row.speedup else None
-        yield from _at_least("speedup_min", gates.speedup_min, speedup, row)
+        throttled = row.conditions is not None and row.conditions.throttled
+        remark = "it throttled while it was timed" if throttled and speedup is not None else None
+        yield from _at_least("speedup_min", gates.speedup_min, speedup, row, remark)
 
 
 def _top1_drop(row: Row, rows: Sequence[Row]) -> float | None:
@@ -56,10 +58,10 @@ def _top1_drop(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _at_least(
-    gate: str, bound: float | None, value: float | None, row: Row
+    gate: str, bound: float | None, value: float | None, row: Row, remark: str | None = None
 ) -> Iterator[GateResult]:
     if bound is not None:
-        yield _result(gate, bound, value, value is not None and value >= bound, row)
+        yield _result(gate, bound, value, value is not None and value >= bound, row, remark)
 
 
 def _at_most(gate: str, bound: float | None, value: float | None, row: Row) -> Iterator[GateResult]:

@@ -48,6 +48,30 @@ class Latency(Record):
     noisy: bool
 
 
+class Energy(Record):
+    """Energy of an image in mJ, and the mean powers in W, timed and idle, that it comes from."""
+
+    millijoules: float
+    busy_watts: float
+    idle_watts: float
+    rails: tuple[str, ...]
+
+
+class TimedUnder(Record):
+    """Under which conditions an engine was timed."""
+
+    samples: int
+    marked: int
+    """Samples taken while something throttled or a clock had dropped."""
+    reasons: tuple[str, ...]
+    throttled: bool
+    power_mode: str | None
+    clock_mhz: tuple[float, float] | None
+    """Lowest and highest, of the GPU where one is told, else of the fastest core."""
+    hottest: tuple[str, float] | None
+    energy: Energy | None
+
+
 class Gain(Record):
     """What an INT8 engine gains in latency over the fastest float engine of its place."""
 
@@ -146,6 +170,7 @@ class Row(Record):
     executed: Executed | None = None
     listing: Listing | None = None
     latency: Latency | None = None
+    conditions: TimedUnder | None = None
     images_per_second: float | None = None
     fastest: bool = False
     """Its median latency is the lowest of the target's runtimes, of which several were measured, at

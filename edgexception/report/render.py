@@ -56,6 +56,7 @@ def to_text(report: Report) -> str:
         latency = f"{row.latency.median_ms:9.2f} ms" if row.latency else f"{row.status:>12}"
         facts = [
             "fastest" if row.fastest else "",
+            "throttled" if row.conditions and row.conditions.throttled else "",
             f"{row.speedup.value:.2f}x" if row.speedup else "",
             f"top-1 {_share(row.top1)}" if row.top1 else "",
             f"{row.paired.changed} changed" if row.paired else "",
@@ -63,6 +64,7 @@ def to_text(report: Report) -> str:
         facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
         lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
     lines += regret_lines(report.rows)
+    lines += condition_lines(report.rows)
     for row in report.rows:
         if row.executed is not None and row.precision != "fp32":
             lines.append(f"{row_name(row):<36}{executed_line(row)}")
@@ -140,7 +142,8 @@ def gate_lines(gates: Sequence[GateResult]) -> list[str]:
     for gate in gates:
         found = gate.reason if gate.value is None else f"{gate.value:.4g}"
         state = "passed" if gate.passed else "missed"
-        lines.append(f"gate {gate.gate} {gate.bound} {state} by {gate.row}: {found}")
+        remark = f" ({gate.reason})" if gate.reason and gate.value is not None else ""
+        lines.append(f"gate {gate.gate} {gate.bound} {state} by {gate.row}: {found}{remark}")
     return lines
 
 
@@ -170,6 +173,7 @@ def to_markdown(report: Report) -> str:
         executed_line=executed_line,
         listing_lines=listing_lines,
         regret_lines=regret_lines,
+        condition_lines=condition_lines,
         pruning_lines=pruning_lines,
         cut_layers=cut_layers,
     )
@@ -184,6 +188,25 @@ def regret_lines(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.gain is not None and not row.gain.sure
     ]
+
+
+def condition_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Say of engines what throttled while they were timed, and what an image costs in energy."""
+    for row in rows:
+        found = row.conditions
+        if found is None:
+            continue
+        if found.throttled:
+            yield (
+                f"{row_name(row)} throttled in {found.marked} of {found.samples} samples "
+                f"({'; '.join(found.reasons)}): the device can do better"
+            )
+        if found.energy is not None:
+            e, mode = found.energy, f", power mode {found.power_mode}" if found.power_mode else ""
+            yield (
+                f"{row_name(row)}: {e.millijoules:.2f} mJ an image: {e.busy_watts:.2f} W less "
+                f"{e.idle_watts:.2f} W idle, of {' + '.join(e.rails)}{mode}"
+            )
 
 
 def executed_line(row: Row) -> str:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,9 +85,8 @@ def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jetson]:
 
 
 def test_nothing_is_touched_unasked(jetson: Jetson) -> None:
-    for wanted in (None, Wanted(None, False)):
-        with held(wanted):
-            pass
+    with held(None):
+        pass
     assert jetson.calls == []
 
 
@@ -146,62 +144,60 @@ def test_they_are_put_back_when_the_agent_is_ended(jetson: Jetson, number: int) 
     assert jetson.state == ("15W", "free")
 
 
+def refused(wanted: Wanted, match: str, kind: str = "not-possible-here") -> None:
+    with pytest.raises(AgentError, match=match) as caught, held(wanted):
+        pytest.fail("it must not be measured")
+    assert caught.value.kind == kind
+
+
 def test_a_mode_that_needs_a_restart_is_refused_and_nothing_stays(jetson: Jetson) -> None:
     (jetson.folder / "needs_reboot").touch()
-    with pytest.raises(AgentError, match="must be restarted for it: .*nvpmodel -m 2") as caught:
-        with held(Wanted("MAXN_SUPER", True)):
-            pytest.fail("it must not be measured")
-    assert caught.value.kind == "not-possible-here"
+    refused(Wanted("MAXN_SUPER", True), "must be restarted for it: .*nvpmodel -m 2")
     assert jetson.state == ("15W", "free")
 
 
 def test_an_unknown_mode_is_refused_with_those_there_are(jetson: Jetson) -> None:
-    with pytest.raises(AgentError, match="no power mode '40W'.*15W, 25W, MAXN_SUPER"):
-        with held(Wanted("40W", False)):
-            pass
+    refused(Wanted("40W", False), "no power mode '40W'.*15W, 25W, MAXN_SUPER")
     assert jetson.calls == []
 
 
 def test_what_cannot_be_put_back_is_said_with_the_command(jetson: Jetson) -> None:
-    with pytest.raises(AgentError, match=r"by hand: \S*jetson_clocks --restore") as caught:
-        with held(Wanted(None, True)):
-            (jetson.folder / "stuck").touch()
+    (jetson.folder / "stuck").touch()
+    match = r"by hand: \S*jetson_clocks --restore"
+    with pytest.raises(AgentError, match=match) as caught, held(Wanted(None, True)):
+        pass
     assert caught.value.kind == "measurement-invalid"
 
 
 def test_a_second_one_is_refused(jetson: Jetson, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power, "WAIT_S", 0.2)
     with held(Wanted("25W", True)):
-        with pytest.raises(AgentError, match="another measurement holds"):
-            with held(Wanted("15W", True)):
-                pass
+        refused(Wanted("15W", True), "another measurement holds")
         assert jetson.state == ("25W", "locked")
 
 
 @pytest.mark.parametrize("missing", ["nvpmodel", "jetson_clocks"])
 def test_elsewhere_than_on_a_jetson_it_is_refused(jetson: Jetson, missing: str) -> None:
     (jetson.folder / missing).unlink()
-    with pytest.raises(AgentError, match=f"no {missing} here.*leave out --power-mode"):
-        with held(Wanted("25W", True)):
-            pass
+    refused(Wanted("25W", True), f"no {missing} here.*leave out --power-mode")
     assert jetson.calls == []
 
 
-@pytest.mark.parametrize(("sudo", "refused"), [("exit 1", True), ("shift; [ $1 = -k ] && shift; exec \"$@\"", False)])
-def test_as_a_user_sudo_must_want_no_password(
-    jetson: Jetson, monkeypatch: pytest.MonkeyPatch, sudo: str, refused: bool
+def test_a_sudo_that_wants_a_password_is_refused(
+    jetson: Jetson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    jetson.tool("sudo", sudo)
-    if refused:
-        with pytest.raises(AgentError, match="sudo wants a password.*NOPASSWD: /"):
-            with held(Wanted("25W", True)):
-                pass
-        assert jetson.calls == []
-    else:
-        with held(Wanted("25W", True)):
-            assert jetson.state == ("25W", "locked")
-        assert jetson.state == ("15W", "free")
+    jetson.tool("sudo", "exit 1")
+    refused(Wanted("25W", True), "sudo wants a password.*NOPASSWD: /")
+    assert jetson.calls == []
+
+
+def test_a_user_changes_them_by_sudo(jetson: Jetson, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    jetson.tool("sudo", 'shift; [ "$1" = -k ] && shift; exec "$@"')
+    with held(Wanted("25W", True)):
+        assert jetson.state == ("25W", "locked")
+    assert jetson.state == ("15W", "free")
 
 
 @given(st.text() | st.text("< POWER_MODEL ID=0 NAME=15W >\n", max_size=80))

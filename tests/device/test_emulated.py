@@ -21,7 +21,10 @@ from emulated import CPUS, emulated_device
 from numpy.typing import NDArray
 
 from edgexception.bench.statistics import agreement, sqnr_db
+from edgexception.data import open_evaluation
 from edgexception.device import Device, ProbeRecord, local_device
+from edgexception.recipe_file import load_recipe
+from edgexception.report.record import Report
 
 MACHINE = ROOT / ".data/aarch64"
 RECIPES = ("digits", "kitchenware")
@@ -34,29 +37,19 @@ pytestmark = [pytest.mark.emulated, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module", params=RECIPES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with fp32.onnx, int8-onnxruntime.onnx and images.npy."""
-    from edgexception.data import open_evaluation
-    from edgexception.model_stages import Network
-    from edgexception.recipe_file import load_recipe
-
     path = ROOT / f"recipes/{request.param}.yaml"
     if request.param == "kitchenware" and not (ROOT / ".data/kitchenware").exists():
         pytest.skip("python recipes/fetch_kitchenware.py has not been run")
     out = tmp_path_factory.mktemp(request.param)
     done = edgex("export", path, "--out", out, "--json")
     assert done.code == 0, done.err
-    network = Network.model_validate_json(done.out and _network(done.out))
+    network = Report.model_validate_json(done.out).network
     evaluation = load_recipe(path).evaluation
     assert evaluation is not None
     _, images = open_evaluation(evaluation, network.preprocess, network.classes)
     images.write_npy(out / "all.npy")
     np.save(out / "onnx/images.npy", np.load(out / "all.npy")[: PHOTOS[request.param]])
     return out / "onnx"
-
-
-def _network(report: str) -> str:
-    import json
-
-    return json.dumps(json.loads(report)["network"])
 
 
 def test_the_machine_tells_of_itself(tmp_path: Path) -> None:

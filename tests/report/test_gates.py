@@ -9,7 +9,7 @@ import pytest
 from edgexception.bench.statistics import wilson
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.record import Estimate, Executed, Fidelity, Row, Share
+from edgexception.report.record import Estimate, Executed, Fidelity, Row, Share, TimedUnder
 from edgexception.report.render import gate_lines
 
 
@@ -129,3 +129,13 @@ def test_lines_say_what_was_bounded_where_and_found() -> None:
         "gate sqnr_db_min 30.0 missed by cpu-x86 openvino int8 b1: 25",
         "gate sqnr_db_min 30.0 missed by cpu-x86 openvino int8 b1: failed: a crash",
     ]
+
+
+def test_a_speed_that_was_timed_while_throttled_says_so() -> None:
+    hot = TimedUnder(
+        samples=4, marked=1, reasons=("oc1 rose",), throttled=True, power_mode=None,
+        clock_mhz=None, hottest=None, energy=None,
+    )  # fmt: skip
+    (result,) = judge(Gates(speedup_min=1.5), (row(conditions=hot),))
+    assert result.passed
+    assert "throttled" in gate_lines((result,))[0]

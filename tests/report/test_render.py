@@ -17,12 +17,14 @@ from edgexception.report.gates import judge
 from edgexception.report.network import Network
 from edgexception.report.record import (
     BadImageLine,
+    Energy,
     Machine,
     Paired,
     Parity,
     Report,
     Row,
     StageLine,
+    TimedUnder,
 )
 from edgexception.report.render import to_markdown, to_text
 
@@ -156,3 +158,18 @@ def test_another_machine_is_named_with_its_power_mode() -> None:
     machine = here.machine.model_copy(update={"device": "ssh://orin", "power_mode": "15W"})
     text = to_markdown(here.model_copy(update={"machine": machine}))
     assert "Machine: ssh://orin, a processor, 2 cores, power mode 15W, VNNI" in text
+
+
+def test_throttling_and_energy_stand_beside_the_times() -> None:
+    energy = Energy(millijoules=12.345, busy_watts=9.0, idle_watts=4.5, rails=("VDD_IN",))
+    hot = TimedUnder(
+        samples=4, marked=1, reasons=("oc1|count rose",), throttled=True, power_mode="15W",
+        clock_mhz=(600.0, 1020.0), hottest=("tj", 95.0), energy=energy,
+    )  # fmt: skip
+    found = report((row(conditions=hot),))
+    text, page = to_text(found), to_markdown(found)
+    assert "throttled in 1 of 4 samples (oc1|count rose)" in text
+    assert "12.35 mJ an image: 9.00 W less 4.50 W idle, of VDD_IN, power mode 15W" in text
+    assert tables(page)[2][4] == "measured (throttled)"
+    assert "oc1\\|count rose" in page
+    assert "throttled" not in to_markdown(report((row(),)))
