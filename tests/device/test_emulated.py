@@ -2,11 +2,13 @@
 
 Not part of the default run: it downloads 60 MB once, into .data/aarch64.
 
-Tolerance, as measured with ONNX Runtime 1.32.0 on both sides: INT8 logits are equal to the last bit
-(600 digits on a narrow network; 16 photos on the full one at 150x150). That is no luck: products
-of integers are summed exactly, in any order; the scale is applied by one float multiplication and a
-rounding to even on both; the float layers left sum in the same order. Float networks sum in
-another order, and are 127 dB apart: float32 has 24 bits, 6 dB each.
+Tolerance, from what was measured with ONNX Runtime 1.32.0 on both sides (Cortex-A76 against x86-64
+with VNNI): the INT8 logits of the full network at 150x150 are equal to the last bit for 16 of 16
+photos; those of the narrow one for 596 of 600 digits, the other 4 are off by up to 0.009 (logits
+have a deviation of 3.4), together 80.7 dB, and no decision differs. Sums of integers are exact in
+any order; between the integer layers stand float ones, whose last bit may differ, and where a value
+is halfway between two levels that bit decides. 60 dB leaves room for more such images, and would
+see one wrong layer: a saturating kernel is at 10 dB. Float networks are 127 dB apart.
 """
 
 from __future__ import annotations
@@ -61,11 +63,11 @@ def test_the_machine_tells_of_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_int8_logits_equal_those_of_x86_and_float_ones_are_near(
+def test_logits_are_those_of_x86_within_the_tolerance(
     exported: Path, tmp_path: Path, cpu: str
 ) -> None:
     there = emulated_device(MACHINE, tmp_path, cpu)
-    for form, least_db in (("int8-onnxruntime", np.inf), ("fp32", 110.0)):
+    for form, least_db in (("int8-onnxruntime", 60.0), ("fp32", 110.0)):
         count = None if form.startswith("int8") else 4
         theirs, ours = (
             _logits(device, exported, form, tmp_path / f"{form}-{device.name[:8]}", count)
