@@ -53,10 +53,15 @@ class Sample(BaseModel):
     tegrastats: list[Line]
 
     @property
-    def clock_mhz(self) -> float | None:
-        """That of the GPU where one is told, else of the fastest core."""
-        gpu = [clock for line in self.tegrastats for clock in line.gpu_mhz] or self.gpu_mhz
-        return max(gpu or self.cpu_mhz, default=None)
+    def gpu_clock(self) -> float | None:
+        """The highest of the GPU's; None where none is told, as between two lines."""
+        told = [clock for line in self.tegrastats for clock in line.gpu_mhz] or self.gpu_mhz
+        return max(told, default=None)
+
+    @property
+    def core_clock(self) -> float | None:
+        """That of the fastest core."""
+        return max(self.cpu_mhz, default=None)
 
 
 _SAMPLES = TypeAdapter(list[Sample])
@@ -109,10 +114,16 @@ def conditions(
 ) -> Conditions:
     """Return the conditions of an engine from the samples of each round, and its times in ns."""
     timed = [[s for s in samples if s.phase == "timing"] for samples in rounds]
-    clocks = [c for samples in timed for s in samples if (c := s.clock_mhz) is not None]
+    everything = [sample for samples in rounds for sample in samples]
+    gpu = any(sample.gpu_clock is not None for sample in everything)
+
+    def clock(sample: Sample) -> float | None:
+        return sample.gpu_clock if gpu else sample.core_clock
+
+    clocks = [c for samples in timed for s in samples if (c := clock(s)) is not None]
     highest = max(clocks, default=0.0)
     marks = [
-        tuple(_marks(samples[0], sample, highest))
+        tuple(_marks(samples[0], sample, clock(sample), highest))
         for samples, wanted in zip(rounds, timed, strict=True)
         for sample in wanted
     ]
@@ -134,11 +145,10 @@ def conditions(
     )
 
 
-def _marks(first: Sample, sample: Sample, highest: float) -> Iterator[str]:
+def _marks(first: Sample, sample: Sample, clock: float | None, highest: float) -> Iterator[str]:
     for name, count in sample.throttle.items():
         if count > first.throttle.get(name, count):
             yield f"{name} rose"
-    clock = sample.clock_mhz
     if clock is not None and clock < CLOCK_DROP * highest:
         yield f"its clock fell below {CLOCK_DROP:.0%} of {highest:.0f} MHz"
 

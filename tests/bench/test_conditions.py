@@ -58,6 +58,9 @@ def test_the_clock_of_a_gpu_counts_and_not_that_of_the_cores(tmp_path: Path) -> 
     idle_cores = sample("timing", gpu_mhz=[1020.0], cpu_mhz=[100.0])
     found = judged(tmp_path, sample("timing", gpu_mhz=[1020.0]), idle_cores)
     assert (found.marked, found.clock_mhz) == (0, (1020.0, 1020.0))
+    between_lines = sample("timing", cpu_mhz=[100.0])
+    found = judged(tmp_path, sample("timing", gpu_mhz=[1020.0]), between_lines)
+    assert (found.marked, found.clock_mhz) == (0, (1020.0, 1020.0))
     told = line() | {"gpu_mhz": [612, 500]}
     found = judged(tmp_path, idle_cores, sample("timing", gpu_mhz=[1020.0], tegrastats=[told]))
     assert (found.marked, found.clock_mhz) == (1, (612.0, 1020.0))

@@ -68,7 +68,7 @@ def test_clocks_are_locked_while_it_is_timed(
     phases = [sample.phase for sample in samples if sample.phase != "warm-up"]  # 1 ms: maybe none
     assert list(dict.fromkeys(phases)) == ["open", "idle", "timing", "images"]
     found = conditions([samples], [np.load(tmp_path / "out/times_ns.npy")], 2, "15W")
-    assert found.clock_mhz == (612.0, 612.0)
+    assert found.clock_mhz in (None, (612.0, 612.0)), "timed for 1 ms: maybe between two lines"
     assert found.energy is None or found.energy.idle_watts == pytest.approx(4.556)
 
 
