@@ -49,7 +49,9 @@ finally:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for step in steps:
         try:
-            code = subprocess.run(step, stdin=-3, stdout=-3, stderr=-3, timeout=60).returncode
+            none = subprocess.DEVNULL
+            done = subprocess.run(step, stdin=none, stdout=none, stderr=none, timeout=60)
+            code = done.returncode
         except Exception:
             code = 1
         if code:
@@ -131,12 +133,11 @@ def held(wanted: Wanted | None) -> Iterator[None]:
                 run("jetson_clocks")
             yield
         finally:
-            failed = _let_go(guard)
-        if failed:
-            raise AgentError(
-                "measurement-invalid",
-                f"the power mode or clocks could not be put back; do it by hand: {failed}",
-            )
+            if failed := _let_go(guard):
+                raise AgentError(
+                    "measurement-invalid",
+                    f"the power mode or clocks could not be put back; do it by hand: {failed}",
+                )
 
 
 class _Runner:

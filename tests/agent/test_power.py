@@ -167,6 +167,10 @@ def test_what_cannot_be_put_back_is_said_with_the_command(jetson: Jetson) -> Non
     with pytest.raises(AgentError, match=match) as caught, held(Wanted(None, True)):
         pass
     assert caught.value.kind == "measurement-invalid"
+    fault = ValueError("of the measurement")
+    with pytest.raises(AgentError, match=match) as caught, held(Wanted(None, True)):
+        raise fault
+    assert caught.value.__context__ is fault
 
 
 def test_a_second_one_is_refused(jetson: Jetson, monkeypatch: pytest.MonkeyPatch) -> None:
