@@ -91,19 +91,30 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
 
 
 def recover_pruned(
-    shop: Workshop, whole: Artifact, smaller: Artifact, spec: RecoverySpec, images: ImageSet
+    shop: Workshop,
+    networks: tuple[Artifact, Artifact],
+    planned: Artifact,
+    spec: RecoverySpec,
+    images: ImageSet,
 ) -> Artifact:
-    """Train the pruned network, the unpruned one its teacher; the same files as of `prune`."""
+    """Train the pruned network, the unpruned one its teacher; the same files as of `prune`.
+
+    `networks` are the unpruned one and the pruned one.
+    """
+    whole, smaller = networks
 
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import TrainedModel
+        from edgexception.prune.plan import load_prune_plan
         from edgexception.prune.recover import recover
         from edgexception.train.state import Keeper
 
         begun = load_model(smaller)
         teacher = load_model(whole).network.requires_grad_(False)
         keeper = Keeper(shop.unfinished)
-        network = recover(begun.network, teacher, spec, images, keeper, training_report(shop))
+        kept = load_prune_plan(planned.file("prune.json")).kept
+        told = training_report(shop)
+        network = recover(begun.network, teacher, spec, images, kept, keeper, told)
         source = {
             **card_of(smaller).source,
             "recovered": f"{spec.steps} steps on {len(images)} images",
@@ -113,6 +124,7 @@ def recover_pruned(
     inputs = {
         "whole": whole.digest,
         "pruned": smaller.digest,
+        "plan": planned.digest,
         "images": images.digest,
         "spec": spec.model_dump(exclude={"source"}),
         "versions": versions("torch", "safetensors"),

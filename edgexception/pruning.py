@@ -19,11 +19,13 @@ def prune(state: RunState, *, plan_only: bool, compare: bool) -> None:
     state.pruning = plan_pruning(state.shop, state.model, spec, state.calibration)
     if plan_only:
         return
-    whole, state.model = state.model, apply_pruning(state.shop, state.model, state.pruning)
+    whole = state.model
+    state.model = apply_pruning(state.shop, whole, state.pruning)
     if spec.recovery is not None:
         images = images_to_learn(state, spec.recovery, "prune.recovery") or state.calibration
         if images is not None:
-            state.model = recover_pruned(state.shop, whole, state.model, spec.recovery, images)
+            networks = (whole, state.model)
+            state.model = recover_pruned(state.shop, networks, state.pruning, spec.recovery, images)
     state.card = card_of(state.model)
     if state.evaluation is not None and compare:
         labels = None if state.labelled is None else state.labelled.labels

@@ -20,7 +20,9 @@ from edgexception.recipe_data import (
 
 
 class RecoverySpec(Spec):
-    """How a pruned network learns on; at the end its BatchNorm statistics are measured anew."""
+    """How a pruned network gets back what it lost: its weights are fitted to the unpruned one's
+    layers by least squares, then it learns on, and at the end its BatchNorm statistics are measured
+    anew."""
 
     source: Source | None = None
     """Images to learn from; None takes the calibration images. Labels count only where

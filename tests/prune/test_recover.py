@@ -33,7 +33,7 @@ def test_it_comes_nearer_to_the_unpruned_network() -> None:
     network = pruned(teacher, plan_of(SMALL, KEPT))
     before = apart(network, teacher)
     spec = RecoverySpec(steps=30, batch_size=6, learning_rate=3e-3)
-    found = recover(network, teacher, spec, IMAGES)
+    found = recover(network, teacher, spec, IMAGES, KEPT)
     assert not found.training
     assert found.architecture.stem == (4, 5)
     assert apart(found, teacher) < 0.5 * before
@@ -43,4 +43,4 @@ def test_it_comes_nearer_to_the_unpruned_network() -> None:
 def test_one_image_a_step_is_refused() -> None:
     teacher = random_network(SMALL)
     with pytest.raises(UsageError, match=r"prune.recovery.batch_size 1 with 12 images"):
-        recover(teacher, teacher, RecoverySpec(batch_size=1), IMAGES)
+        recover(teacher, teacher, RecoverySpec(batch_size=1), IMAGES, None)
