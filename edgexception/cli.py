@@ -67,14 +67,24 @@ _MODEL: dict[str, Any] = {
 _PRUNE: dict[str, Any] = _MODEL | {
     "macs": _option(float | None, "Share of the multiply-accumulates that is left: 0.5."),
     "parameters": _option(float | None, "Share of the parameters that is left."),
+    "size": _option(float | None, "Share of the bytes of the weights that is left."),
+    "latency": _option(float | None, "Share of the latency on --target that is left."),
+    "target": _option(str | None, "A device of `edgex targets`: its latency, its alignment."),
+    "runtime": _option(list[str], "Of the engines that are timed. Default: the target's first."),
+    "precision": _option(list[str], "Of the engines that are timed. Default: fp32."),
+    "threads": _option(int | None, "Of the engines that are timed. Default: one a core."),
     "importance": _option(
         str | None, "magnitude (default), batchnorm, activation or taylor; the last two on photos."
     ),
     "ranking": _option(str | None, "global (default) or local: every layer loses the same share."),
-    "align": _option(int | None, "Cut widths become multiples of this. Default: 8."),
+    "align": _option(
+        int | None, "Cut widths are multiples of this. Default: the target's, else 8."
+    ),
     "calibration": _option(Path | None, "Photos to measure importance on."),
     "images": _option(int | None, "How many calibration images to take. Default: 128."),
     "evaluation": _option(Path | None, "Other photos, to compare with the unpruned network on."),
+    "device": Device,
+    "keep": Keep,
     "plan_only": _option(bool, "Say which widths would be cut, and cut nothing.", "--plan-only"),
 }
 _QUANTIZE: dict[str, Any] = _MODEL | {

@@ -110,7 +110,7 @@ def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
     """Yield every engine that the recipe asks for, after checking that this machine can have it."""
     batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
     for spec in recipe.targets:
-        _check_target(spec, machine)
+        check_target(spec, machine)
         threads = spec.threads or machine.cpu.usable_cores
         for runtime in spec.runtime_names:
             dialect = find_runtime(spec.target, runtime).dialect
@@ -120,7 +120,8 @@ def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
                     yield Place(spec.target, runtime, dialect, precision, batch, threads, told)
 
 
-def _check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
+def check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
+    """Raise NotPossibleHere for a target, or a runtime of it, that cannot be built for here."""
     target = find_target(spec.target)
     if target.arch != machine.arch:
         raise NotPossibleHere(

@@ -130,7 +130,8 @@ def run(
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
         if _reaches(last, "prune-plan"):
             open_images(state)
-            prune(state, plan_only=last == "prune-plan", compare=last in ("prune", "bench"))
+            compare = last in ("prune", "bench")
+            prune(state, listener.warning, plan_only=last == "prune-plan", compare=compare)
         if _reaches(last, "quantize"):
             _quantize(state, listener)
         if last == "sensitivity":  # nothing else needs it

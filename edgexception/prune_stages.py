@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import card_of, load_model, training_report, write_model
+from edgexception.prune.plan import Importance, LayerShape
 from edgexception.recipe_prune import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
@@ -20,16 +23,15 @@ from edgexception.stages import reference
 from edgexception.workshop import Workshop, versions
 
 
-def plan_pruning(
-    shop: Workshop, model: Artifact, spec: PruneSpec, images: ImageSet | None
+def weigh_channels(
+    shop: Workshop, model: Artifact, kind: Importance, images: ImageSet | None
 ) -> Artifact:
-    """Choose the channels that stay: `prune.json`. Only some importances look at `images`."""
-    looked_at = images if spec.looks_at_images else None
+    """Measure how important channels are: `importance.safetensors`; some kinds look at `images`."""
 
     def write(folder: Path) -> None:
-        from edgexception.prune.budget import solve
+        from safetensors.numpy import save_file
+
         from edgexception.prune.importance import importance
-        from edgexception.prune.plan import PrunePlan, changes
         from edgexception.prune.structure import structure_of
 
         start = time.monotonic()
@@ -41,23 +43,91 @@ def plan_pruning(
         trained = load_model(model)
         network, preprocess = trained.network, trained.preprocess
         structure = structure_of(network.architecture, preprocess.input_size)
-        scores = importance(network, preprocess, structure, spec.importance, looked_at, report)
-        kept = solve(structure, scores, spec.ranking, spec.align, spec.budgets)
+        scores = importance(network, preprocess, structure, kind, images, report)
+        save_file(scores, folder / "importance.safetensors")
+
+    inputs = {
+        "model": model.digest,
+        "images": None if images is None else images.digest,
+        "kind": kind,
+        "versions": versions("torch"),
+    }
+    return shop.once("importance", kind, inputs, write)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a latency budget is planned with."""
+
+    table: Artifact
+    gain: float = 1.0
+    """How much of what the steps' times save the network saves."""
+
+
+def plan_pruning(
+    shop: Workshop,
+    model: Artifact,
+    spec: PruneSpec,
+    align: int,
+    weighed: Artifact,
+    timed: Timed | None = None,
+    *,
+    images: int | None,
+    int8: bool,
+) -> Artifact:
+    """Choose the channels that stay: `prune.json`.
+
+    `images` is how many the importance was measured on. With `int8` a budget of size is one of
+    INT8 weights.
+    """
+
+    def write(folder: Path) -> None:
+        from safetensors.numpy import load_file
+
+        from edgexception.prune.budget import PRICES, Price, share_left, solve
+        from edgexception.prune.plan import PlannedLatency, PrunePlan, changes
+        from edgexception.prune.structure import structure_of
+
+        trained = load_model(model)
+        structure = structure_of(trained.network.architecture, trained.preprocess.input_size)
+        scores = load_file(weighed.file("importance.safetensors"))
+        prices = {**PRICES, "size": Price(partial(LayerShape.bytes_as, int8=int8))}
+        if timed is not None:
+            from edgexception.prune.latency import LatencyTable
+
+            text = timed.table.file("latency.json").read_bytes()
+            table = LatencyTable.model_validate_json(text)
+            prices["latency"] = Price(table.price(), timed.gain)
+        kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
+        latency = None
+        if timed is not None:
+            latency = PlannedLatency(
+                engine=table.engine,
+                threads=table.threads,
+                gain=timed.gain,
+                predicted=share_left(structure, kept, prices["latency"]),
+            )
         plan = PrunePlan(
             kept=kept,
             layers=changes(structure, kept),
             importance=spec.importance,
             ranking=spec.ranking,
-            align=spec.align,
+            align=align,
             budgets=spec.budgets,
-            images=None if looked_at is None else len(looked_at),
+            images=images,
+            latency=latency,
         )
         (folder / "prune.json").write_text(plan.to_json() + "\n")
 
     inputs = {
         "model": model.digest,
-        "images": None if looked_at is None else looked_at.digest,
-        "spec": spec.model_dump(exclude={"recovery"}),
+        "importance": weighed.digest,
+        "images": images,
+        "ranking": spec.ranking,
+        "align": align,
+        "budgets": spec.budgets,
+        "int8": int8,
+        "latency": None if timed is None else [timed.table.digest, timed.gain],
         "versions": versions("torch"),
     }
     return shop.once("prune-plan", f"{spec.ranking}, by {spec.importance}", inputs, write)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from edgexception.errors import UsageError
 from edgexception.recipe import QatSpec, Recipe
 from edgexception.recipe_data import IdxSource, PhotosSource, Source
 from edgexception.recipe_prune import RecoverySpec
 from edgexception.strict_yaml import Fault, KeyPath
+from edgexception.targets import find_runtime, find_target
 
 Rule = Callable[[Recipe], Iterator[Fault]]
 
@@ -17,7 +19,8 @@ def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
     if spec is None:
         return
     if not spec.budgets:
-        yield Fault(("prune",), "has no budget; write `macs: 0.5` or `parameters: 0.5`")
+        text = "has no budget; write `macs:`, `parameters:`, `size:` or `latency:` with a share"
+        yield Fault(("prune",), text)
     if spec.looks_at_images and not recipe.calibration:
         yield Fault(
             ("prune", "importance"),
@@ -27,6 +30,32 @@ def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
     if spec.recovery and not spec.recovery.source and not recipe.calibration:
         yield Fault(
             ("prune", "recovery"), "needs images to learn from; add a `source:`, or `calibration:`"
+        )
+
+
+def _latency_has_an_engine(recipe: Recipe) -> Iterator[Fault]:
+    """A latency is that of an engine, and what says which has no other use."""
+    spec = recipe.prune
+    if spec is None:
+        return
+    if spec.latency is None:
+        for name in ("runtime", "precision", "threads"):
+            if getattr(spec, name) is not None:
+                yield Fault(("prune", name), "has no effect without `latency`; remove it")
+    elif spec.target is None:
+        yield Fault(("prune", "latency"), "needs a device to measure on; add `target: cpu-x86`")
+    if spec.target is None:
+        return
+    try:
+        target = find_target(spec.target)
+        row = find_runtime(spec.target, spec.runtime or next(iter(target.runtimes)))
+    except UsageError as error:
+        yield Fault(("prune", "target" if spec.runtime is None else "runtime"), str(error))
+        return
+    if spec.precision and spec.precision not in row.precisions:
+        yield Fault(
+            ("prune", "precision"),
+            f"{spec.precision} is not built there; built are: {', '.join(row.precisions)}",
         )
 
 
@@ -75,6 +104,7 @@ def labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
 
 LEARNING_RULES: tuple[tuple[str, Rule], ...] = (
     ("prune calibration", _pruning_has_what_it_needs),
+    ("prune", _latency_has_an_engine),
     ("prune quantize", _learners_have_labels),
     ("prune quantize evaluation", _learners_have_not_seen_the_evaluation),
 )

@@ -17,6 +17,9 @@ from edgexception.recipe_data import (
     Spec,
     Threads,
 )
+from edgexception.targets import Precision
+
+BUDGETS = ("macs", "parameters", "size", "latency")
 
 
 class RecoverySpec(Spec):
@@ -54,6 +57,19 @@ class PruneSpec(Spec):
     """Share of the network's multiply-accumulates that is left."""
     parameters: Budget | None = None
     """Share of its parameters that is left."""
+    size: Budget | None = None
+    """Share of the bytes of its weights that is left, as exported: in float32, or where the recipe
+    quantizes in INT8 with float scales."""
+    latency: Budget | None = None
+    """Share of its latency that is left, as measured on `target`, batch size 1."""
+    target: str | None = None
+    """The device that the network is pruned for. Its row says `align`, and latency is its."""
+    runtime: str | None = None
+    """The one whose engines are timed; None is the first of the target."""
+    precision: Precision | None = None
+    """That the engines are timed in; None is fp32."""
+    threads: Threads | None = None
+    """Of the engines that are timed; None is one per physical core the process may use."""
     importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "magnitude"
     """magnitude: the norm of a channel's weights, BatchNorm folded in. batchnorm: its factor there.
     activation: its mean size on calibration images. taylor: how much the logits of calibration
@@ -61,16 +77,17 @@ class PruneSpec(Spec):
     ranking: Literal["global", "local"] = "global"
     """global: how much each layer loses follows from its importance and its cost. local: all lose
     the same share."""
-    align: Annotated[int, Field(ge=1, le=1024)] = 8
+    align: Annotated[int, Field(ge=1, le=1024)] | None = None
     """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
-    or 32 channels at once; the rest of such a set is computed and thrown away."""
+    or 32 channels at once; the rest of such a set is computed and thrown away. None is what the
+    rows of `target`, or of the recipe's targets, name; 8 without any."""
     recovery: RecoverySpec | None = None
     """None leaves the network with the weights that it has."""
 
     @property
     def budgets(self) -> dict[str, float]:
         """The budgets that are set, by name."""
-        found = {"macs": self.macs, "parameters": self.parameters}
+        found = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in found.items() if value is not None}
 
     @property

@@ -16,7 +16,7 @@ from edgexception.recipe_file import dump_recipe
 from edgexception.report.assemble import Findings, Measured, Place, build_record
 from edgexception.report.network import Network
 from edgexception.report.pruning import pruning_of
-from edgexception.report.record import PruningEffect, Report
+from edgexception.report.record import PruningEffect, PruningLatency, Report
 from edgexception.report.render import to_markdown
 from edgexception.targets import Form
 from edgexception.workshop import Workshop
@@ -37,6 +37,9 @@ class RunState:
     pruning: Artifact | None = None
     """The plan; where it is applied, `model` is the pruned network."""
     pruning_effect: PruningEffect | None = None
+    pruning_latency: PruningLatency | None = None
+    latency_table: Artifact | None = None
+    """Times of the network's steps, where the budget is one of latency."""
     quantized: Artifact | None = None
     sensitivity: Artifact | None = None
     exports: dict[Form, Artifact] = field(default_factory=dict)
@@ -81,7 +84,9 @@ def findings(state: RunState, *, judged: bool) -> Findings:
         calibration=state.calibration,
         pruning=None
         if state.pruning is None
-        else pruning_of(state.pruning.file("prune.json"), state.pruning_effect),
+        else pruning_of(
+            state.pruning.file("prune.json"), state.pruning_effect, state.pruning_latency
+        ),
         plan=None if state.quantized is None else state.quantized.file("plan.json"),
         parity=state.parity,
         parity_from=state.parity_from,
@@ -105,6 +110,8 @@ def publish(out: Path, state: RunState, report: Report) -> None:
     links = {"model.safetensors": state.model.file("model.safetensors")}
     if state.pruning is not None:
         links["prune.json"] = state.pruning.file("prune.json")
+    if state.latency_table is not None:
+        links["latency.json"] = state.latency_table.file("latency.json")
     if state.quantized is not None:
         for name in ("plan.json", "calibration.json"):
             links[name] = state.quantized.file(name)

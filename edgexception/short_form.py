@@ -13,13 +13,14 @@ from edgexception.errors import UsageError
 from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
+from edgexception.recipe_prune import BUDGETS
 from edgexception.targets import is_int8, load_aliases, load_dialects, load_targets
 from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 _NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
-    "prune": {"prune": ("macs", "parameters")},
+    "prune": {"prune": BUDGETS},
     "quantize": {"quantize": ("calibration",)},
     "sensitivity": {"quantize": ("calibration",)},
     "build": {"targets": ("target",)},
@@ -39,6 +40,8 @@ class Flags:
 
     macs: float | None = None
     parameters: float | None = None
+    size: float | None = None
+    latency: float | None = None
     importance: str | None = None
     ranking: str | None = None
     align: int | None = None
@@ -100,7 +103,7 @@ def _check_used(flags: Flags) -> None:
             for name in dependents:
                 if getattr(flags, name) not in (None, ()):
                     raise UsageError(f"--{_flag(name)} has no effect without --{_flag(base)}")
-    pruned = flags.macs is not None or flags.parameters is not None
+    pruned = any(getattr(flags, name) is not None for name in BUDGETS)
     if pruned and flags.calibration and flags.importance not in ("activation", "taylor"):
         raise UsageError("--calibration has no effect with --importance magnitude or batchnorm")
     if flags.precision and flags.target is None and not flags.dialect:
@@ -148,8 +151,9 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
             }
         )
     if last == "prune":
-        names = ("macs", "parameters", "importance", "ranking", "align")
-        sections["prune"] = _set({name: getattr(flags, name) for name in names})
+        names = (*BUDGETS, "importance", "ranking", "align", "target", "threads")
+        engine = {name: _one(flags, name) for name in ("runtime", "precision")}
+        sections["prune"] = _set({**{name: getattr(flags, name) for name in names}, **engine})
     elif flags.calibration is not None and _quantizes(flags):
         sections["quantize"] = _set(
             {
@@ -166,7 +170,7 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
         sections["export"] = _set(
             {"dialects": flags.dialect, "precisions": flags.precision or None}
         )
-    if flags.target is not None:
+    if flags.target is not None and last != "prune":
         precisions = flags.precision or (("fp32", "int8") if flags.calibration else ("fp32",))
         sections["targets"] = [
             _set(
@@ -193,6 +197,13 @@ def _activations_needed(flags: Flags) -> str | None:
     kinds = {dialects[name].activations for name in (*names, *flags.dialect) if name in dialects}
     single = {kind[0] for kind in kinds if len(kind) == 1}
     return single.pop() if len(single) == 1 else None
+
+
+def _one(flags: Flags, name: str) -> str | None:
+    values: tuple[str, ...] = getattr(flags, name) or ()
+    if len(values) > 1:
+        raise UsageError(f"--{name}: a network is pruned for one engine; name one")
+    return values[0] if values else None
 
 
 def _set(section: dict[str, Any]) -> dict[str, Any]:

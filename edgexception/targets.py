@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Literal
@@ -87,6 +89,8 @@ class Dialect(Row):
     """The kinds of activation ranges that it can express."""
     float_layers: Annotated[tuple[Literal["fp32", "fp16"], ...], Field(min_length=1)]
     """What layers that are not INT8 may be."""
+    align: Fact
+    """Widths of which multiple its runtimes' kernels fill."""
     saturates_without_vnni: bool = False
     """On x86 without VNNI its runtime adds products of 8-bit weights in 16 saturating bits."""
     opset_max: dict[str, Fact] = {}
@@ -206,6 +210,12 @@ def extra_of(runtime: str) -> str | None:
     """
     own = {"tensorrt-rtx": "rtx", "onnxruntime-cuda": None, "onnxruntime-tensorrt": None}
     return own.get(runtime, runtime)
+
+
+def align_of(target: str, runtimes: Iterable[str]) -> int:
+    """Return the least width of which every multiple fills the kernels of a target's runtimes."""
+    facts = [find_dialect(target, runtime).align.value for runtime in runtimes]
+    return math.lcm(*(int(value) for value in facts if value is not None))
 
 
 def load_targets() -> dict[str, Target]:

@@ -6,6 +6,7 @@ processes that speak the protocol wrongly, because no honest agent can be made t
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,3 +157,41 @@ def stand_in_for_tensorrt(version: str, layers: str) -> ModuleType:
 
     vars(module).update(__version__=version, Builder=Builder, Runtime=Runtime)
     return module
+
+
+class ClockDevice(LocalDevice):
+    """This machine as `probe` describes it, on which engines take times that a test knows.
+
+    It stands for a quiet machine: an engine takes `floor_ns`, and one ns for every `macs_per_ns`
+    multiply-accumulates of its network. No runtime is loaded.
+    """
+
+    def __init__(self, floor_ns: int, macs_per_ns: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "floor_ns", floor_ns)
+        object.__setattr__(self, "macs_per_ns", macs_per_ns)
+        object.__setattr__(self, "built", [])
+
+    def call(
+        self,
+        verb: str,
+        request: Mapping[str, Any],
+        files: Mapping[str, Path],
+        out: Path,
+        progress: Any = None,
+    ) -> dict[str, Any]:
+        import onnx  # noqa: PLC0415 - the device side runs its tests without it
+
+        if verb == "probe":
+            return super().call(verb, request, files, out, progress)
+        out.mkdir(parents=True)
+        if verb == "build":
+            props = onnx.load(files["model.onnx"]).metadata_props
+            layers = json.loads(next(p.value for p in props if p.key == "edgexception.layers"))
+            macs = sum(layer["macs"] for layer in layers.values())
+            (out / "engine.txt").write_text(str(self.floor_ns + round(macs / self.macs_per_ns)))  # type: ignore[attr-defined]
+            self.built.append(macs)  # type: ignore[attr-defined]
+            return {"engine": "engine.txt"}
+        ns = int(files[request["engine"]].read_text())
+        np.save(out / "times_ns.npy", np.full(request["timing"]["min_iterations"], ns))
+        return {}

@@ -40,7 +40,7 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
         bench={"batch_sizes": [1], "duration_ms": 1, "warmup_ms": 1, "rounds": 2},
         quantize={"rounding": "nearest"},
     )
-    stages = ["train", "prune-plan", "prune", "reference", "quantize", "export", "verify"]
+    stages = ["train", "importance", "prune-plan", "prune", "reference", "quantize", "export"]
     assert list(dict.fromkeys(new))[:7] == stages
     assert [(row.precision, row.status) for row in report.rows] == [
         ("fp32", "measured"),
@@ -74,7 +74,7 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
 def test_a_plan_alone_cuts_nothing_and_is_used_later(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"prune": {"parameters": 0.7}, "quantize": None}
     new, report = ran(tmp_path, "prune", "--plan-only", evaluation=None, **changes)
-    assert new == ["train", "prune-plan"]
+    assert new == ["train", "importance", "prune-plan"]
     assert report.pruning is not None
     whole = report.pruning.parameters[0]
     assert report.network.parameters == whole
@@ -90,7 +90,7 @@ def test_a_pruned_network_recovers_before_anything_else(tmp_path: Path) -> None:
     recovery: dict[str, Any] = {"steps": 2, "batch_size": 8}
     changes: dict[str, Any] = {"quantize": None, "evaluation": None}
     new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
-    assert new == ["train", "prune-plan", "prune", "recover"]
+    assert new == ["train", "importance", "prune-plan", "prune", "recover"]
     assert report.network.source["recovered"] == "2 steps on 24 images"
     recovery |= {"source": {"kind": "digits", "split": "train"}, "distillation": 0.5}
     new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
@@ -118,7 +118,7 @@ def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "needs --macs or --parameters with a checkpoint"),
+        ((), "needs --macs or --parameters or --size or --latency with a checkpoint"),
         (("--macs", "1.5"), "prune.macs: Input should be less than 1"),
         (("--macs", "0.5", "--align", "512"), "the nearest possible value is"),
         (("--macs", "0.000001", "--align", "1"), "prune.macs: 1e-06 .* nearest possible value is"),

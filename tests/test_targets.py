@@ -7,9 +7,11 @@ from pydantic import ValidationError
 
 from edgexception import strict_yaml, targets, typed_yaml
 from edgexception.errors import EdgexError, UsageError
+from edgexception.quantize.dialects import DIALECTS
 from edgexception.targets import (
     Fact,
     Target,
+    align_of,
     find_dialect,
     find_runtime,
     find_target,
@@ -159,3 +161,13 @@ def test_a_row_with_an_unknown_dialect_is_our_bug(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(EdgexError, match="no dialect 'klingon'") as error:
         targets._table.__wrapped__()
     assert error.value.exit_code == 70
+
+
+def test_widths_that_fill_the_kernels_are_known_of_every_runtime() -> None:
+    for name, row in DIALECTS.items():
+        align = load_dialects()[name].align
+        assert isinstance(align.value, int)
+        assert align.value % row.widths == 0, "else the export would fill up what pruning left"
+    assert align_of("cpu-x86", ["onnxruntime"]) == 16
+    assert align_of("cpu-x86", ["onnxruntime", "openvino"]) == 32
+    assert align_of("rtx-4090", ["tensorrt-rtx"]) == 32

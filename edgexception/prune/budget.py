@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.errors import UsageError
-from edgexception.prune.plan import Group, LayerShape, Ranking, Structure
+from edgexception.prune.plan import Group, LayerShape, Ranking, Structure, Widths
 
 Scores = Mapping[str, NDArray[np.float64]]
 """Importance of every channel of every group, by the name of the group; 0 or more."""
 Kept = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a layer costs at some widths, in any unit."""
+
+    of: Callable[[LayerShape, Widths], float]
+    gain: float = 1.0
+    """How much of the share that the layers' sum saves the network is known to save."""
+
+
+PRICES: Mapping[str, Price] = {
+    "macs": Price(LayerShape.macs),
+    "parameters": Price(LayerShape.parameters),
+}
 
 
 def solve(
@@ -29,19 +44,20 @@ def solve(
     ranking: Ranking,
     align: int,
     budgets: Mapping[str, float],
+    prices: Mapping[str, Price] = PRICES,
 ) -> Kept:
     """Return what every group that is cut keeps: the most important channels, ascending.
 
-    `budgets` are shares of the network's "macs" and "parameters". A width that is cut becomes a
-    multiple of `align`. local: every group keeps the same share, rounded down. global: what a group
-    keeps follows from its importance and from what its channels cost.
+    `budgets` are shares of what the network costs by the price of that name. A width that is cut
+    becomes a multiple of `align`. local: every group keeps the same share, rounded down. global:
+    what a group keeps follows from its importance and from what its channels cost.
 
     Raises UsageError for an alignment larger than a group, and for a budget that no widths meet;
     both name the nearest value that is possible.
     """
     groups = [group for group in structure.groups if not group.fixed]
     _check_align(groups, align)
-    problem = _Problem(structure, budgets)
+    problem = _Problem(structure, budgets, prices)
     least = problem.widths | {group.name: min(group.step(align), group.width) for group in groups}
     _check_budgets(problem, least, align)
     search = _same_share if ranking == "local" else _least_loss
@@ -53,13 +69,22 @@ def solve(
     }
 
 
+def share_left(structure: Structure, kept: Kept, price: Price) -> float:
+    """Return the share of a cost that is left when groups keep those channels."""
+    widths = structure.widths | {name: len(channels) for name, channels in kept.items()}
+    return _Problem(structure, {"": 1.0}, {"": price}).shares(widths)[""]
+
+
 class _Problem:
     """The network's cost at any widths, as shares of what it costs now."""
 
-    def __init__(self, structure: Structure, budgets: Mapping[str, float]) -> None:
+    def __init__(
+        self, structure: Structure, budgets: Mapping[str, float], prices: Mapping[str, Price]
+    ) -> None:
         self.widths = structure.widths
         self.layers = structure.layers
         self.budgets = budgets
+        self.prices = prices
         self.whole = {name: self._cost(name, self.layers, self.widths) for name in budgets}
         self.touching = {
             group.name: [la for la in self.layers if group.name in (la.inputs, la.outputs)]
@@ -68,7 +93,10 @@ class _Problem:
 
     def shares(self, widths: Mapping[str, int]) -> dict[str, float]:
         return {
-            name: self._cost(name, self.layers, widths) / self.whole[name] for name in self.budgets
+            name: 1.0
+            - self.prices[name].gain
+            * (1.0 - self._cost(name, self.layers, widths) / self.whole[name])
+            for name in self.budgets
         }
 
     def exceeded(self, shares: Mapping[str, float]) -> list[str]:
@@ -78,16 +106,15 @@ class _Problem:
         """Return how much the shares fall when a group gets another width."""
         layers, other = self.touching[group], {**widths, group: width}
         return {
-            name: (self._cost(name, layers, widths) - self._cost(name, layers, other))
+            name: self.prices[name].gain
+            * (self._cost(name, layers, widths) - self._cost(name, layers, other))
             / self.whole[name]
             for name in self.budgets
         }
 
-    @staticmethod
-    def _cost(budget: str, layers: Iterable[LayerShape], widths: Mapping[str, int]) -> int:
-        if budget == "macs":
-            return sum(layer.macs(widths) for layer in layers)
-        return sum(layer.parameters(widths) for layer in layers)
+    def _cost(self, budget: str, layers: Iterable[LayerShape], widths: Mapping[str, int]) -> float:
+        price = self.prices[budget].of
+        return sum(price(layer, widths) for layer in layers)
 
 
 def _check_align(groups: list[Group], align: int) -> None:
@@ -219,7 +246,9 @@ class _Choice:
         losses, at = self.ladders[name].losses, self.at[name]
         saved = self.saved(name, step)
         share = sum(saved[budget] / self.problem.budgets[budget] for budget in budgets)
-        return (losses[at + step] - losses[at]) / share
+        lost = losses[at + step] - losses[at]
+        # Measured times may stay the same: then down is for nothing, and up is free.
+        return lost / share if share else math.inf
 
     def fill(self, but: str | None = None) -> None:
         """Let groups go up as long as the budgets hold, first those that gain most for the cost."""

@@ -78,6 +78,12 @@ class LayerShape(_Data):
         """Return its parameters, those of its BatchNorm included."""
         return self.weights(widths) + self.vectors * widths[self.outputs]
 
+    def bytes_as(self, widths: Widths, *, int8: bool) -> int:
+        """Return the bytes of its weights and bias as exported, and of the scales of int8."""
+        weights, outputs = self.weights(widths), widths[self.outputs]
+        bias = 4 * outputs if self.vectors else 0
+        return bias + (weights + 4 * outputs if int8 else 4 * weights)
+
 
 class Structure(_Data):
     """What pruning needs to know of a network; its weights have no part in it."""
@@ -104,6 +110,18 @@ class LayerChange(_Data):
 Kept = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
+class PlannedLatency(_Data):
+    """What a plan was made for, where the budget is a measured latency."""
+
+    engine: str
+    """Target, runtime, precision and batch size."""
+    threads: int
+    gain: float
+    """How much of what the steps' times save the network was taken to save."""
+    predicted: float
+    """Share of the network's latency that is left, by those."""
+
+
 class PrunePlan(_Data):
     """What of a network stays, what that costs, and how it was chosen."""
 
@@ -115,9 +133,10 @@ class PrunePlan(_Data):
     ranking: Ranking
     align: int
     budgets: dict[str, float]
-    """Shares of the network's MACs and parameters that were asked for."""
+    """Shares of what the network costs that were asked for, by the name of that cost."""
     images: int | None
     """Calibration images that the importance was measured on; None where it needs none."""
+    latency: PlannedLatency | None = None
 
     @property
     def macs(self) -> tuple[int, int]:

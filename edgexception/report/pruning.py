@@ -12,12 +12,21 @@ from edgexception.bench.accuracy import accuracy
 from edgexception.bench.paired import paired
 from edgexception.prune.plan import load_prune_plan
 from edgexception.report.assemble import compare
-from edgexception.report.record import Fidelity, Paired, Pruning, PruningEffect, Share
+from edgexception.report.record import (
+    Fidelity,
+    Paired,
+    Pruning,
+    PruningEffect,
+    PruningLatency,
+    Share,
+)
 
 Logits = NDArray[np.float32]
 
 
-def pruning_of(plan: Path, effect: PruningEffect | None) -> Pruning:
+def pruning_of(
+    plan: Path, effect: PruningEffect | None, latency: PruningLatency | None = None
+) -> Pruning:
     """Return the record of a plan, and of what it did where that was measured."""
     found = load_prune_plan(plan)
     return Pruning(
@@ -29,6 +38,7 @@ def pruning_of(plan: Path, effect: PruningEffect | None) -> Pruning:
         macs=found.macs,
         parameters=found.parameters,
         layers=found.layers,
+        latency=latency,
         effect=effect,
     )
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from edgexception.device import LayerPlacement
-from edgexception.prune.plan import LayerChange
+from edgexception.prune.plan import LayerChange, PlannedLatency
 from edgexception.report.network import Network
 
 
@@ -285,6 +285,26 @@ class PruningEffect(Record):
     paired: Paired | None = None
 
 
+class LatencyCheck(Record):
+    """A pruned network measured against the unpruned one in the same run, in turns."""
+
+    share: Estimate
+    """Its latency over the unpruned one's: the geometric mean of the rounds' ratios of medians."""
+    median_ms: tuple[float, float]
+    """Unpruned and pruned."""
+    noisy: bool
+
+
+class PruningLatency(PlannedLatency):
+    """A latency budget against what was measured."""
+
+    check: LatencyCheck
+    plans: int
+    """That were measured; the one that is nearest to the budget was taken."""
+    met: bool
+    """Whether its latency is within 5% of the budget."""
+
+
 class Pruning(Record):
     """Which widths were cut, and what is left: pairs are before and after."""
 
@@ -297,6 +317,8 @@ class Pruning(Record):
     macs: tuple[int, int]
     parameters: tuple[int, int]
     layers: tuple[LayerChange, ...]
+    latency: PruningLatency | None = None
+    """Where the budget is one of latency."""
     effect: PruningEffect | None = None
     """None where it was not measured."""
 

@@ -305,6 +305,17 @@ def pruning_lines(found: Pruning | None) -> Iterator[str]:
         f"{_left(found.parameters)} of the parameters are left; {found.ranking} ranking by "
         f"{found.importance}{images}, widths in multiples of {found.align}"
     )
+    if found.latency is not None:
+        asked_for, check = found.budgets["latency"], found.latency.check
+        whole, left = check.median_ms
+        yield (
+            f"latency budget {asked_for:g}, {'met' if found.latency.met else 'MISSED'}: measured "
+            f"{check.share.value:.3f} ({check.share.low:.3f} to {check.share.high:.3f}), "
+            f"{whole:.2f} to {left:.2f} ms on {found.latency.engine} with "
+            f"{found.latency.threads} threads, in turns{', noisy' if check.noisy else ''}; plan "
+            f"{found.latency.plans} times measured, and {found.latency.gain:.2f} of what its "
+            "steps save alone"
+        )
     if found.effect is None:
         return
     near = found.effect.fidelity

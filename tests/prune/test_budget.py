@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow import preprocess_of, small_graph
+from onnx import numpy_helper
 
 from edgexception.architecture import Architecture
 from edgexception.errors import UsageError
+from edgexception.export.onnx_graph import to_onnx
 from edgexception.prune.budget import Scores, solve
 from edgexception.prune.plan import Structure, changes
 from edgexception.prune.structure import structure_of
+from edgexception.quantize.dialects import DIALECTS
+from edgexception.quantize.nominal import nominal_plan
 
 NARROW = Architecture(
     stem=(12, 12), entry=((12, 12),), middle=((12, 12),), exit=(12,), tail=(12,), head=(5,)
@@ -132,3 +137,22 @@ def test_channels_without_importance_go_first() -> None:
     without = {name: tuple(sorted(set(range(12)) - set(c))) for name, c in zero.items()}
     budget = share(STRUCTURE, without, "macs")
     assert solve(STRUCTURE, scores, "global", 1, {"macs": budget + 1e-9}) == without
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_size_is_that_of_the_exported_weights(int8: bool) -> None:
+    graph = small_graph(NARROW)
+    plan = nominal_plan(graph, "symmetric") if int8 else None
+    proto = to_onnx(
+        graph,
+        preprocess_of((40, 40)),
+        None,
+        plan=plan,
+        dialect=DIALECTS["tensorrt"] if int8 else None,
+    )
+    tensors = [t for t in proto.graph.initializer if "weight" in t.name or "bias" in t.name]
+    written = sum(
+        numpy_helper.to_array(t).nbytes for t in tensors if not t.name.endswith("zero_point")
+    )
+    found = sum(la.bytes_as(STRUCTURE.widths, int8=int8) for la in STRUCTURE.layers)
+    assert found == written
