@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edgexception.device import ProbeRecord
-from edgexception.targets import find_target
+from edgexception.targets import find_runtime, find_target
 
 
 class Reader(NamedTuple):
@@ -19,9 +19,8 @@ class Reader(NamedTuple):
 
 def why_not_built(target: str, runtime: str, machine: ProbeRecord) -> str | None:
     """Return why a runtime cannot build for a target here; None where it can."""
-    arch = find_target(target).arch
-    if arch != machine.arch:
-        return f"the target is {arch}, this machine {machine.arch}"
+    if find_target(target).arch != machine.arch and not find_runtime(target, runtime).cross_built:
+        return _other_machine(target, machine)
     facts = machine.runtimes.get(runtime)
     return "this version has no adapter for it" if facts is None else facts.missing
 
@@ -29,6 +28,8 @@ def why_not_built(target: str, runtime: str, machine: ProbeRecord) -> str | None
 def why_not_run(target: str, runtime: str, machine: ProbeRecord) -> str | None:
     """Return why engines of a target cannot run here; None where they can."""
     reason, sm = why_not_built(target, runtime, machine), find_target(target).sm
+    if reason is None and find_target(target).arch != machine.arch:
+        reason = _other_machine(target, machine)
     if reason or sm is None:
         return reason
     gpus = machine.runtimes[runtime].gpus
@@ -43,3 +44,7 @@ def why_not_measured(target: str, runtime: str, machine: ProbeRecord) -> str | N
     """Return what a report says of an engine that is built here and not run; None where it is."""
     reason = why_not_run(target, runtime, machine)
     return reason and f"{reason}: built, not run on hardware"
+
+
+def _other_machine(target: str, machine: ProbeRecord) -> str:
+    return f"the target is {find_target(target).arch}, this machine {machine.arch}"

@@ -112,7 +112,9 @@ _ENGINE: dict[str, Any] = _QUANTIZE | {
         list[str], "A runtime of the target; may be repeated. Default: auto, all of them."
     ),
     "precision": _option(
-        list[str], "fp32, fp16, int8 or int8-fp16; may be repeated. Default: fp32 and int8."
+        list[str],
+        "auto (default: float and INT8 side by side, FP16 where there is), fp32, fp16, int8 or "
+        "int8-fp16; may be repeated.",
     ),
     "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
     "threads": _option(int | None, "Threads of the runtime. Default: one a core."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,8 @@ from edgexception.ability import why_not_built
 from edgexception.artifacts import Artifact
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
-from edgexception.device import ProbeRecord
+from edgexception.bench.statistics import Times
+from edgexception.device import ProbeRecord, Profile
 from edgexception.errors import NotPossibleHere
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
@@ -77,10 +79,20 @@ def evaluate(
     return found
 
 
+class Timed(NamedTuple):
+    """What `bench` finds of one engine."""
+
+    rounds: list[Times]
+    """Every raw time of each round, in ns."""
+    conditions: Conditions
+    profile: Profile | None
+    """None where the runtime does not tell."""
+
+
 def bench(
     shop: Workshop, engines: Sequence[tuple[Engine, Artifact]], spec: BenchSpec
-) -> dict[str, tuple[list[NDArray[np.int64]], Conditions]]:
-    """Measure all engines in turns; return every raw time in ns by round, and the conditions."""
+) -> dict[str, Timed]:
+    """Measure all engines in turns; return what was found of each by its key."""
 
     def write(folder: Path) -> None:
         measured = [engine for engine, _ in engines]
@@ -100,9 +112,13 @@ def bench(
         turns = [f"rounds/round-{r}-engine-{number}" for r in range(1, spec.rounds + 1)]
         times = [np.load(artifact.file(f"{turn}/times_ns.npy")) for turn in turns]
         samples = [read_samples(artifact.file(f"{turn}/telemetry.json")) for turn in turns]
-        record = json.loads(artifact.file(f"{turns[0]}/record.json").read_bytes())
-        told = conditions(samples, times, engine.batch, record["power_mode"])
-        found[engine.key] = (times, told)
+        first, last = (
+            json.loads(artifact.file(f"{turn}/record.json").read_bytes())
+            for turn in (turns[0], turns[-1])
+        )
+        told = conditions(samples, times, engine.batch, first["power_mode"])
+        profile = last.get("profile")
+        found[engine.key] = Timed(times, told, profile and Profile.model_validate(profile))
     return found
 
 
@@ -123,7 +139,8 @@ def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
 def check_target(spec: TargetSpec, machine: ProbeRecord) -> None:
     """Raise NotPossibleHere for a target, or a runtime of it, that cannot be built for here."""
     target = find_target(spec.target)
-    if target.arch != machine.arch:
+    cross = all(find_runtime(spec.target, name).cross_built for name in spec.runtime_names)
+    if target.arch != machine.arch and not cross:
         raise NotPossibleHere(
             f"target {spec.target} is {target.arch}, and this machine is {machine.arch}: run the "
             "recipe on such a machine, or name one with --device"

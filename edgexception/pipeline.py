@@ -12,12 +12,10 @@ import numpy as np
 
 from edgexception.ability import Reader, why_not_measured, why_not_run
 from edgexception.artifacts import Artifact, Store
-from edgexception.bench.conditions import Conditions
 from edgexception.bench.executed import check_placement
-from edgexception.bench.statistics import Times
 from edgexception.calibration_size import too_few
 from edgexception.device import Device, ProbeRecord, Progress, local_device, open_device
-from edgexception.engine_stages import bench, build, evaluate, places_of
+from edgexception.engine_stages import Timed, bench, build, evaluate, places_of
 from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageError
 from edgexception.imageset import first_images
 from edgexception.model_stages import find_checkpoint, import_model
@@ -327,9 +325,9 @@ def _measure(state: RunState) -> None:
                 logits = evaluate(state.shop, engine_of(place, built), built, answers)
                 state.measured[place] = Measured(logits=logits, reference=floats)
     if state.recipe.bench is not None:
-        for place, (rounds, told) in _latency(state, state.recipe.bench).items():
+        for place, timed in _latency(state, state.recipe.bench).items():
             measured = state.measured.setdefault(place, Measured())
-            measured.rounds, measured.conditions = rounds, told
+            measured.rounds, measured.conditions, measured.profile = timed
 
 
 def _to_run(state: RunState) -> dict[Place, Artifact]:
@@ -338,7 +336,7 @@ def _to_run(state: RunState) -> dict[Place, Artifact]:
     return {place: built for place, built in state.engines.items() if place not in left_out}
 
 
-def _latency(state: RunState, spec: BenchSpec) -> dict[Place, tuple[list[Times], Conditions]]:
+def _latency(state: RunState, spec: BenchSpec) -> dict[Place, Timed]:
     """Measure every engine that works; one that fails is taken out and the others start again."""
     while True:
         working = _to_run(state)

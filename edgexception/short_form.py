@@ -14,7 +14,14 @@ from edgexception.recipe import AUTO, Recipe
 from edgexception.recipe_checks import check_recipe
 from edgexception.recipe_file import load_recipe
 from edgexception.recipe_prune import BUDGETS
-from edgexception.targets import is_int8, load_aliases, load_dialects, load_targets
+from edgexception.targets import (
+    TargetRuntime,
+    is_int8,
+    load_aliases,
+    load_dialects,
+    load_targets,
+    side_by_side,
+)
 from edgexception.typed_yaml import field_path
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -110,12 +117,33 @@ def _check_used(flags: Flags) -> None:
         raise UsageError("--precision has no effect without --target, or --dialect for export")
     for name in ("activations", "ranges", "weight_bits"):
         if getattr(flags, name) is not None and not _quantizes(flags):
-            asked = ", ".join(flags.precision)
+            asked = ", ".join(_precisions(flags) if flags.target else flags.precision)
             raise UsageError(f"--{_flag(name)} has no effect with --precision {asked} alone")
 
 
 def _quantizes(flags: Flags) -> bool:
-    return not flags.precision or any(map(is_int8, flags.precision))
+    return any(map(is_int8, _precisions(flags) if flags.target else flags.precision or ("int8",)))
+
+
+def _precisions(flags: Flags) -> tuple[str, ...]:
+    """Return what the engines compute in; `auto`, the default, is float and INT8 side by side.
+
+    Of several runtimes: what all of them build. An unknown name is left for the recipe's checks.
+    """
+    if flags.precision and flags.precision != AUTO:
+        return flags.precision
+    able = [set(row.precisions) for row in _rows(flags)]
+    images = flags.calibration is not None
+    return side_by_side(set[str].intersection(*able), images=images) if able else ("fp32",)
+
+
+def _rows(flags: Flags) -> list[TargetRuntime]:
+    """Return the runtimes that the flags name, or all of the target; the unknown are left out."""
+    name = load_aliases().get(flags.target or "", flags.target or "")
+    target = load_targets().get(name)
+    every = not flags.runtime or flags.runtime == AUTO
+    rows = target.runtimes.items() if target else ()
+    return [row for name, row in rows if every or name in flags.runtime]
 
 
 def _flag(name: str) -> str:
@@ -171,13 +199,12 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
             {"dialects": flags.dialect, "precisions": flags.precision or None}
         )
     if flags.target is not None and last != "prune":
-        precisions = flags.precision or (("fp32", "int8") if flags.calibration else ("fp32",))
         sections["targets"] = [
             _set(
                 {
                     "target": flags.target,
                     "runtimes": flags.runtime or AUTO,
-                    "precisions": precisions,
+                    "precisions": _precisions(flags),
                     "threads": flags.threads,
                 }
             )
@@ -189,12 +216,9 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
 
 def _activations_needed(flags: Flags) -> str | None:
     """Return the activations of the dialects asked for where they have one kind alone."""
-    name = load_aliases().get(flags.target or "", flags.target or "")
-    target = load_targets().get(name)
-    rows = target.runtimes.items() if target else ()
-    names = [row.dialect for name, row in rows if not flags.runtime or name in flags.runtime]
     dialects = load_dialects()
-    kinds = {dialects[name].activations for name in (*names, *flags.dialect) if name in dialects}
+    names = [*(row.dialect for row in _rows(flags)), *flags.dialect]
+    kinds = {dialects[name].activations for name in names if name in dialects}
     single = {kind[0] for kind in kinds if len(kind) == 1}
     return single.pop() if len(single) == 1 else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Literal
@@ -52,6 +52,18 @@ def form_of(precision: Precision, dialect: str) -> Form:
 def is_int8(precision: str) -> bool:
     """Whether a precision is one of the quantized network."""
     return precision in ("int8", "int8-fp16")
+
+
+def side_by_side(able: Collection[str], *, images: bool) -> tuple[Precision, ...]:
+    """Return the quickest float and INT8 forms that a runtime builds.
+
+    FP16 and INT8 need images to calibrate on: without them float32 comes first.
+    """
+    orders: tuple[tuple[Precision, ...], ...] = (("fp32", "fp16"),)
+    if images:
+        orders = (("fp16", "fp32"), ("int8-fp16", "int8"))
+    best = (next((each for each in order if each in able), None) for order in orders)
+    return tuple(each for each in best if each is not None)
 
 
 def is_half(precision: str) -> bool:
@@ -102,6 +114,8 @@ class TargetRuntime(Row):
 
     dialect: str
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    cross_built: bool = False
+    """Built on other machines than the target, too: its engines hold no code for a processor."""
 
 
 class Module(Row):

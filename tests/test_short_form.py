@@ -60,6 +60,43 @@ def test_precisions_are_those_of_the_exported_dialects() -> None:
     assert plain.export.precisions == ("int8",)
 
 
+@pytest.mark.parametrize(
+    ("target", "runtime", "with_photos", "without"),
+    [
+        ("cpu-x86", (), ("fp32", "int8"), ("fp32",)),
+        ("rtx-4090", (), ("fp16", "int8-fp16"), ("fp32",)),
+        ("jetson-orin-nano", ("auto",), ("fp16", "int8-fp16"), ("fp32",)),
+        # Its CUDA provider has no INT8.
+        ("nvidia-gpu", ("auto",), ("fp16",), ("fp32",)),
+        ("nvidia-gpu", ("onnxruntime-tensorrt",), ("fp16", "int8-fp16"), ("fp32",)),
+    ],
+)
+@pytest.mark.parametrize("asked", [(), ("auto",)])
+def test_float_and_int8_stand_side_by_side_in_their_quickest_forms(
+    target: str,
+    runtime: tuple[str, ...],
+    with_photos: tuple[str, ...],
+    without: tuple[str, ...],
+    asked: tuple[str, ...],
+) -> None:
+    flags = Flags(target=target, runtime=runtime, precision=asked, calibration=Path("photos"))
+    recipe = recipe_of(Path("net.keras"), flags, "build")
+    assert recipe.targets[0].precisions == with_photos
+    assert (recipe.quantize is not None) == (len(with_photos) == 2)
+    recipe = recipe_of(Path("net.keras"), replace(flags, calibration=None), "build")
+    assert recipe.targets[0].precisions == without
+
+
+def test_what_only_builds_float16_needs_photos_to_see_that_it_may() -> None:
+    with pytest.raises(UsageError, match="needs images to see that no tensor goes beyond"):
+        recipe_of(Path("net.keras"), Flags(target="rtx-20"), "build")
+    flags = Flags(target="rtx-20", calibration=Path("photos"))
+    recipe = recipe_of(Path("net.keras"), flags, "build")
+    assert (recipe.targets[0].precisions, recipe.quantize) == (("fp16",), None)
+    with pytest.raises(UsageError, match="--ranges has no effect with --precision fp16 alone"):
+        recipe_of(Path("net.keras"), replace(flags, ranges="mse"), "build")
+
+
 def test_float16_alone_quantizes_nothing() -> None:
     flags = Flags(calibration=Path("photos"), dialect=("tensorrt",), precision=("fp16",))
     recipe = recipe_of(Path("net.keras"), flags, "export")

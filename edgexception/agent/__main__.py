@@ -29,6 +29,7 @@ FIELDS = {
         "images",
         "timing",
         "power",
+        "profile",
         "tensorrt",
     ),
 }

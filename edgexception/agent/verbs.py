@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from edgexception.agent.tensorrt_options import read_options
 
 MAX_BATCH = 4096
 MAX_THREADS = 1024
+MAX_PROFILE = 1_000_000
 PROBE_TIMEOUT_S = 60
 PROGRESS_NS = 1_000_000_000
 
@@ -149,6 +151,7 @@ def run(request: Request, out: Path) -> None:
         telemetry.close()
     write_json(out / "telemetry.json", telemetry.samples)
     record["peak_rss_bytes"] = memory_bytes("VmHWM")
+    record["profile"] = _profile(request, runtime, engine, options, session.shape)
     answer(out, record, tuple(files))
 
 
@@ -201,8 +204,7 @@ def _time(
 ) -> int:
     """Write the raw times of one batch, first images or noise; return the warm-up calls."""
     if images is None:
-        noise = np.random.default_rng(0)
-        batch = noise.integers(0, 256, session.shape, dtype=np.uint8)
+        batch = _noise(session.shape)
     else:
         batch = np.resize(images[: session.shape[0]], session.shape)
 
@@ -226,6 +228,25 @@ def _time(
     telemetry.phase = "images"
     np.save(out / "times_ns.npy", raw, allow_pickle=False)
     return warm
+
+
+def _noise(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _profile(
+    request: Request,
+    runtime: runtimes.Runtime,
+    engine: Path,
+    options: runtimes.Options,
+    shape: tuple[int, ...],
+) -> dict[str, Any] | None:
+    """Return the times of the kernels over `profile` calls; None unasked, or where not told."""
+    if request.fields.get("profile") is None or not hasattr(runtime, "profile"):
+        return None
+    calls = request.integer("profile", 1, MAX_PROFILE)
+    kernels = cast(runtimes.Profiler, runtime).profile(engine, options, _noise(shape), calls)
+    return {"calls": calls, "kernels": [asdict(kernel) for kernel in kernels]}
 
 
 class Ticker:

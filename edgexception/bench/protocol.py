@@ -71,9 +71,10 @@ def measure_latency(
 
     Round 1 of every engine comes first, then round 2, so that a machine that gets slower meanwhile
     does so for all; each round starts with another engine. The raw files, the telemetry and
-    the record of each run stay in `work`/round-N-engine-M. `spec.batch_sizes` is not looked at:
-    an engine has one. `power` is what the agent changes and puts back in each run: `mode`, a
-    Jetson's power mode or None, and `lock_clocks`.
+    the record of each run stay in `work`/round-N-engine-M; after the last round's times each
+    engine is run once more, for those of its kernels (`profile` of the record).
+    `spec.batch_sizes` is not looked at: an engine has one. `power` is what the agent changes and
+    puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
 
     Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
     `engine` names the one it was.
@@ -97,7 +98,9 @@ def measure_latency(
                 progress(Progress(what, done, total, left))
             out = work / f"round-{turn + 1}-engine-{number + 1}"
             try:
-                _run(engine, device, out, timing=timing, power=power)
+                last = turn == spec.rounds - 1
+                calls = spec.min_iterations if last else None
+                _run(engine, device, out, timing=timing, power=power, profile=calls)
                 raw[engine.key].append(_times(out, engine.key, spec))
             except EdgexError as error:
                 error.engine = engine.key
@@ -143,6 +146,7 @@ def _run(
     images: Path | None = None,
     progress: Report | None = None,
     power: Mapping[str, Any] | None = None,
+    profile: int | None = None,
 ) -> None:
     name = f"engine{engine.path.suffix}"
     files = {name: engine.path, MANIFEST: engine.path.with_name(MANIFEST)}
@@ -157,6 +161,7 @@ def _run(
         "images": None if images is None else "images.npy",
         "timing": timing,
         "power": power,
+        "profile": profile,
         "tensorrt": engine.tensorrt,
     }
     record = device.call("run", request, files, out, progress)

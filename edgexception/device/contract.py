@@ -186,6 +186,24 @@ class BuildRecord(EngineRecord):
     seconds: float
 
 
+class KernelTime(Facts):
+    """One kernel and its time in a call: the median, or the mean where no other is told."""
+
+    name: str
+    kind: str
+    does: str
+    """"int8", "fp16", "bf16" or "fp32" computes a layer; "quantize", "dequantize", "cast" and
+    "reorder" change type or layout; "other" is the rest."""
+    ns: Annotated[int, Field(ge=0)]
+
+
+class Profile(Facts):
+    """The kernels of an engine while it told their times, which takes time itself."""
+
+    calls: Annotated[int, Field(ge=1)]
+    kernels: list[KernelTime]
+
+
 class RunRecord(EngineRecord):
     """What `run` answers, beside its files."""
 
@@ -195,6 +213,8 @@ class RunRecord(EngineRecord):
     peak_rss_bytes: int | None
     power_mode: str | None = None
     """While it ran: a Jetson's, as nvpmodel calls it; None elsewhere."""
+    profile: Profile | None = None
+    """None where it was not asked for, or the runtime does not tell."""
 
 
 RECORDS: dict[str, type[Facts]] = {"probe": ProbeRecord, "build": BuildRecord, "run": RunRecord}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +18,11 @@ from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
 from edgexception.bench.conditions import Conditions
 from edgexception.bench.executed import executed
+from edgexception.bench.kernel_times import slower_blocks, spent
 from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
 from edgexception.calibration_size import too_few
-from edgexception.device import BuildRecord, ProbeRecord
+from edgexception.device import BuildRecord, ProbeRecord, Profile
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
 from edgexception.report.gates import judge
@@ -43,6 +44,8 @@ from edgexception.report.record import (
     Row,
     Sensitivity,
     Share,
+    Slower,
+    Spent,
     StageLine,
     TimedUnder,
     Types,
@@ -104,6 +107,7 @@ class Measured:
     reference: NDArray[np.float32] | None = None
     rounds: list[Times] | None = None
     conditions: Conditions | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -335,15 +339,17 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
         "images_per_second": place.batch / latency.median_ms * 1000,
         "conditions": measured.conditions and TimedUnder.model_validate(measured.conditions),
     }
+    if measured.profile is not None:
+        facts["spent"] = Spent.model_validate(spent(measured.profile))
     slow = found.measured.get(replace(place, precision="fp32"), Measured()).rounds
     if slow is not None and place.precision != "fp32":
         facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow, measured.rounds))
     if is_int8(place.precision):
-        facts["gain"] = _gain(found, place, measured.rounds)
+        facts["gain"] = _gain(found, place, measured)
     return facts
 
 
-def _gain(found: Findings, place: Place, rounds: Sequence[Times]) -> Gain | None:
+def _gain(found: Findings, place: Place, int8: Measured) -> Gain | None:
     """Compare an INT8 engine with the fastest float engine of its place; None where none is."""
     floats = {
         other: times.rounds
@@ -352,11 +358,16 @@ def _gain(found: Findings, place: Place, rounds: Sequence[Times]) -> Gain | None
         and not is_int8(other.precision)
         and other == replace(place, precision=other.precision)
     }
-    if not floats:
+    if not floats or int8.rounds is None:
         return None
     best = min(floats, key=lambda other: LatencySummary.of(floats[other]).median_ms)
-    ratio = Estimate.model_validate(ratio_of_medians(floats[best], rounds))
-    return Gain(over=best.precision, ratio=ratio)
+    ratio = Estimate.model_validate(ratio_of_medians(floats[best], int8.rounds))
+    profiles = (int8.profile, found.measured[best].profile)
+    slower = None
+    if profiles[0] is not None and profiles[1] is not None:
+        blocks = slower_blocks(spent(profiles[0]), spent(profiles[1]))
+        slower = tuple(Slower.model_validate(block) for block in blocks)
+    return Gain(over=best.precision, ratio=ratio, slower=slower)
 
 
 def compare(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, Any]:

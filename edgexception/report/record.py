@@ -72,6 +72,26 @@ class TimedUnder(Record):
     energy: Energy | None
 
 
+class Spent(Record):
+    """Where an engine's time goes: its kernels in one call, while the runtime told their times."""
+
+    calls: int
+    total_ms: float
+    shares: dict[str, float]
+    """By what kernels do: compute a layer in "int8", "fp32", ..., change type or layout
+    ("quantize", "dequantize", "cast", "reorder"), or "other"."""
+    blocks: dict[str, float]
+    """In ms."""
+
+
+class Slower(Record):
+    """A block of the network that takes longer in INT8, by its kernels' times."""
+
+    block: str
+    int8_ms: float
+    float_ms: float
+
+
 class Gain(Record):
     """What an INT8 engine gains in latency over the fastest float engine of its place."""
 
@@ -79,6 +99,8 @@ class Gain(Record):
     """The precision of that engine: same target, runtime and batch size."""
     ratio: Estimate
     """Its latency / INT8's."""
+    slower: tuple[Slower, ...] | None = None
+    """Worst first; None where the runtime does not tell."""
 
     @property
     def sure(self) -> bool:
@@ -172,6 +194,8 @@ class Row(Record):
     latency: Latency | None = None
     conditions: TimedUnder | None = None
     images_per_second: float | None = None
+    spent: Spent | None = None
+    """None where the runtime does not tell the times of its kernels."""
     fastest: bool = False
     """Its median latency is the lowest of the target's runtimes, of which several were measured, at
     this precision and batch size."""

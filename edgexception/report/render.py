@@ -7,12 +7,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from edgexception.agent.placement import WIDEST_FIRST
 from edgexception.prune.plan import LayerChange
 from edgexception.report.record import (
     Effect,
     Estimate,
     Exceptions,
     Fidelity,
+    Gain,
     GateResult,
     Listing,
     Paired,
@@ -27,6 +29,9 @@ from edgexception.report.record import (
 )
 from edgexception.targets import is_int8
 
+_BLAMED = 4
+"""How many blocks a message names."""
+_CONVERTS = ("quantize", "dequantize", "cast", "reorder")
 _PADDED = 0.01
 """From this share of an engine's weights on, its padding is worth a word."""
 
@@ -184,7 +189,7 @@ def regret_lines(rows: Sequence[Row]) -> list[str]:
     """Say of every INT8 engine that is not surely faster than a float one that it is not."""
     return [
         f"INT8 is not worth it on {row_name(row)}: {_estimate(row.gain.ratio)} as fast as "
-        f"{row.gain.over}, which is nearer to the network"
+        f"{row.gain.over}, which is nearer to the network; {_blame(row, row.gain)}"
         for row in rows
         if row.gain is not None and not row.gain.sure
     ]
@@ -209,6 +214,22 @@ def condition_lines(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
+def _blame(row: Row, gain: Gain) -> str:
+    """Say which blocks INT8 makes slower, and what changing types and layouts takes."""
+    if gain.slower is None or row.spent is None:
+        return "which blocks are to blame is not known: the runtime does not tell their times"
+    named = ", ".join(
+        f"{each.block} {each.int8_ms:.3g} ms ({gain.over} {each.float_ms:.3g} ms)"
+        for each in gain.slower[:_BLAMED]
+    )
+    more = f" and {len(gain.slower) - _BLAMED} more" if len(gain.slower) > _BLAMED else ""
+    share = sum(row.spent.shares.get(what, 0.0) for what in _CONVERTS)
+    return (
+        f"slower in INT8 by their kernels' times: {named or 'no block'}{more}; "
+        f"{_part(share)} of INT8's time only changes types and layouts"
+    )
+
+
 def executed_line(row: Row) -> str:
     """Say in one line what an engine runs, and which nodes it has beside the layers."""
     found = row.executed
@@ -218,7 +239,14 @@ def executed_line(row: Row) -> str:
     nodes = ", ".join(f"{count} {kind}" for kind, count in found.conversions.items())
     line = f"{_runs(row)} {', '.join(shares)} (multiply-accumulates of the convolutions); "
     line += f"conversions: {nodes or 'none'}"
-    return f"{line}; not told: {', '.join(found.unknown)}" if found.unknown else line
+    line += f"; not told: {', '.join(found.unknown)}" if found.unknown else ""
+    if row.spent is None:
+        return line
+    times = (
+        f"{_part(share)} {what.upper() if what in WIDEST_FIRST else what}"
+        for what, share in row.spent.shares.items()
+    )
+    return f"{line}; by its kernels' times {', '.join(times)}"
 
 
 def _runs(row: Row) -> str:

@@ -1,8 +1,8 @@
 """The runtimes an agent can meet, one module each, imported when it is asked for.
 
-An adapter is a module with three functions, `Runtime` below, and nothing else. Every model and
-engine has the same contract: input `images`, uint8 (batch, height, width, 3); output `logits`,
-float32 (batch, classes); a fixed batch.
+An adapter is a module with three functions, `Runtime` below, and a fourth where the runtime tells
+the times of its kernels, `Profiler`. Every model and engine has the same contract: input `images`,
+uint8 (batch, height, width, 3); output `logits`, float32 (batch, classes); a fixed batch.
 """
 
 from __future__ import annotations
@@ -91,6 +91,35 @@ class Runtime(Protocol):
     def open(self, engine: Path, options: Options) -> Session:
         """Open an engine file for calls."""
         ...
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of an engine, as its runtime names it, and its time in a call in ns.
+
+    The median of the calls, or their mean where the runtime tells nothing else.
+    """
+
+    name: str
+    kind: str
+    does: str
+    """"int8", "fp16", "bf16" or "fp32" computes a layer; "quantize", "dequantize", "cast" and
+    "reorder" change type or layout; "other" is the rest: additions, pools, activations."""
+    ns: int
+
+
+class Profiler(Protocol):
+    """What the module of a runtime offers that tells the times of its kernels."""
+
+    def profile(
+        self, engine: Path, options: Options, images: NDArray[np.uint8], calls: int
+    ) -> list[KernelTime]:
+        """Open an engine once more and return its kernels' times; telling them takes time, too."""
+        ...
+
+
+PROFILE_WARM_UP = 5
+"""Calls before those that count."""
 
 
 def load(name: str) -> Runtime:

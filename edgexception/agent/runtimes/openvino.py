@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,21 @@ from numpy.typing import NDArray
 from edgexception.agent.onnx_file import operators
 from edgexception.agent.placement import Ran, placement
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import Options, Session, blaming, check_contract
+from edgexception.agent.runtimes import (
+    PROFILE_WARM_UP,
+    KernelTime,
+    Options,
+    Session,
+    blaming,
+    check_contract,
+)
 
 _TYPES = {"u8": "uint8", "f32": "float32"}
 _PRECISIONS = {"i8": "int8", "u8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 # layerType as the CPU plugin calls its nodes (openvino, src/plugins/intel_cpu/src/cpu_types.cpp).
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
+_Node = tuple[str, str, str]
+"""Name, kind, and what it does."""
 _CONVERSIONS = {
     "FakeQuantize": "quantize",
     "Reorder": "reorder",
@@ -65,12 +75,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
     """Import a compiled model."""
-    # Mapped, not read: the blob would else be in memory twice while it is opened. "c" because
-    # OpenVINO takes only writable arrays; nothing is written to the file.
-    blob = np.memmap(engine, np.uint8, "c")
-    with blaming(f"openvino cannot open {engine.name}"):
-        tensor = openvino.Tensor(blob, shared_memory=True)
-        compiled = openvino.Core().import_model(tensor, "CPU", _properties(options))
+    compiled, weights = _import(engine, _properties(options))
     shape, classes = _check(compiled, options)
     settings = _read_back(compiled)
     threads = settings["INFERENCE_NUM_THREADS"]
@@ -81,10 +86,6 @@ def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter
     request = compiled.create_infer_request()
     logits = compiled.outputs[0]
 
-    # OpenVINO reads weights from the blob as long as the model runs, and does not hold on to it:
-    # without these references the map is gone when this function returns (seen: SIGSEGV).
-    weights = (blob, tensor)
-
     def call(
         images: NDArray[np.uint8], _held: tuple[object, object] = weights
     ) -> NDArray[np.float32]:
@@ -92,6 +93,58 @@ def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter
         return cast(NDArray[np.float32], request.infer([images], share_inputs=True)[logits])
 
     return Session(shape, classes, call, settings)
+
+
+def profile(
+    engine: Path, options: Options, images: NDArray[np.uint8], calls: int
+) -> list[KernelTime]:
+    """Return what OpenVINO counts of every node that takes time.
+
+    It tells the mean since the model was opened, in whole us: calls to warm up are subtracted.
+    """
+    compiled, _held = _import(engine, {**_properties(options), "PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    done, before, after = 0, dict[_Node, int](), dict[_Node, int]()
+    with blaming(f"openvino cannot profile {engine.name}"):
+        for count in (PROFILE_WARM_UP, calls):
+            for _ in range(count):
+                request.infer([images], share_inputs=True)
+            done += count
+            before, after = after, {node: done * us for node, us in _means(compiled)}
+    return [
+        KernelTime(*node, max(0, 1000 * (total - before.get(node, 0)) // calls))
+        for node, total in after.items()
+    ]
+
+
+def _means(compiled: openvino.CompiledModel) -> Iterator[tuple[_Node, int]]:
+    """Yield every node that takes time, and its mean in us."""
+    for node in compiled.get_runtime_model().get_ops():
+        facts = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        kind, names = facts["layerType"], facts["originalLayersNames"]
+        if kind in _LAYERS:
+            does = _PRECISIONS.get(facts["runtimePrecision"], "other")
+        else:
+            does = _conversion(kind, names) or "other"
+        if facts["execTimeMcs"].isdecimal():  # else it is not executed, or takes less than 1 us
+            yield (names or node.get_friendly_name(), kind, does), int(facts["execTimeMcs"])
+
+
+def _import(
+    engine: Path, properties: dict[str, Any]
+) -> tuple[openvino.CompiledModel, tuple[object, object]]:
+    """Return a compiled model, and what must be held on to as long as it runs.
+
+    OpenVINO reads weights from the blob all that time without a reference of its own: else the map
+    is gone when the caller returns (seen: SIGSEGV).
+    """
+    # Mapped, not read: the blob would else be in memory twice while it is opened. "c" because
+    # OpenVINO takes only writable arrays; nothing is written to the file.
+    blob = np.memmap(engine, np.uint8, "c")
+    with blaming(f"openvino cannot open {engine.name}"):
+        tensor = openvino.Tensor(blob, shared_memory=True)
+        compiled = openvino.Core().import_model(tensor, "CPU", properties)
+    return compiled, (blob, tensor)
 
 
 def _properties(options: Options) -> dict[str, Any]:
