@@ -14,7 +14,7 @@ from edgexception.ability import why_not_built, why_not_measured, why_not_run
 from edgexception.device import GpuFacts, ProbeRecord
 from edgexception.doctor import probe
 from edgexception.report.record import Report, Row
-from edgexception.targets import find_runtime
+from edgexception.targets import find_runtime, find_target
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
@@ -75,10 +75,14 @@ def test_what_can_be_done_here_and_why_not(machine: ProbeRecord) -> None:
     assert "(SM89), the target SM120: built, not run on hardware" in str(
         why_not_measured("rtx-5090", "tensorrt-rtx", gpu)
     )
-    assert why_not_built("dgx-spark", "tensorrt-rtx", gpu) == (
-        f"the target is aarch64, this machine {machine.arch}"
+    assert why_not_built("dgx-spark", "tensorrt-rtx", gpu) is None
+    other = f"the target is aarch64, this machine {machine.arch}"
+    assert why_not_run("dgx-spark", "tensorrt-rtx", with_gpu(machine, 121)) == other
+    spark = with_gpu(machine, 121).model_copy(update={"arch": "aarch64"})
+    assert why_not_run("dgx-spark", "tensorrt-rtx", spark) is None
+    assert why_not_built("rtx-4090", "tensorrt-rtx", spark) == (
+        "the target is x86_64, this machine aarch64"
     )
-    assert why_not_run("dgx-spark", "tensorrt-rtx", gpu) is not None
     assert why_not_run("cpu-x86", "onnxruntime", machine) is None
 
 
@@ -87,11 +91,12 @@ def test_build_engine_builds_every_precision(
 ) -> None:
     without_gpu(monkeypatch, machine)
     names = ("fp32", "fp16", "int8", "int8-fp16")
-    targets = [rtx("rtx-4090", *names), rtx("rtx-20", "fp16")]
+    targets = [rtx("dgx-spark"), rtx("rtx-4090", *names), rtx("rtx-20", "fp16")]
     done, report = run("build-engine", world, tmp_path / "out", targets=targets)
     assert done.code == 0, done.err
     assert report is not None
     assert [(row.target, row.precision) for row in report.rows] == [
+        ("dgx-spark", "int8-fp16"),
         *(("rtx-4090", name) for name in names), ("rtx-20", "fp16"),
     ]  # fmt: skip
     for row in report.rows:
@@ -102,7 +107,9 @@ def test_build_engine_builds_every_precision(
         name = f"{row.target}-tensorrt-rtx-{row.precision}-b1"
         assert (tmp_path / f"out/engines/{name}.rtx").stat().st_size == row.engine_bytes
         record = json.loads((tmp_path / f"out/engines/{name}.build.json").read_bytes())
-        assert record["settings"]["sm"] == (89 if row.target == "rtx-4090" else 75)
+        assert record["settings"]["sm"] == find_target(row.target).sm
+        engine = (tmp_path / f"out/engines/{name}.rtx").read_bytes()
+        assert b"\x7fELF" not in engine, "no code for a processor: any machine builds it"
     parity = {(row.form, row.runtime): row for row in report.parity}
     assert parity["fp32", "onnxruntime"].executed_vs_torch is not None, "the graph itself is right"
     skipped = [row for row in report.parity if row.runtime == "tensorrt-rtx"]
@@ -166,7 +173,6 @@ def test_what_was_not_run_is_skipped_and_the_command_fails(
     ("target", "precision", "code", "says"),
     [
         ("rtx-20", "fp32", 2, "tensorrt-rtx on rtx-20 does not build fp32; it builds: fp16"),
-        ("dgx-spark", "fp16", 3, "target dgx-spark is aarch64, and this machine is x86_64"),
         ("rtx-4091", "fp16", 2, "did you mean rtx-4090"),
     ],
 )
@@ -220,5 +226,6 @@ def test_targets_say_what_they_can_do_here() -> None:
     facts = rows["rtx-4090"]["runtimes"]["tensorrt-rtx"]
     assert facts["here"] is True
     assert facts["runs"] is not bool(facts["not_run"])
-    assert rows["dgx-spark"]["runtimes"]["tensorrt-rtx"]["here"] is False
+    spark = rows["dgx-spark"]["runtimes"]["tensorrt-rtx"]
+    assert (spark["here"], spark["runs"]) == (True, False)
     assert rows["cpu-x86"]["runtimes"]["onnxruntime"]["runs"] is True

@@ -65,7 +65,7 @@ def test_precisions_are_those_of_the_exported_dialects() -> None:
     [
         ("cpu-x86", (), ("fp32", "int8"), ("fp32",)),
         ("rtx-4090", (), ("fp16", "int8-fp16"), ("fp32",)),
-        ("jetson-orin-nano", ("auto",), ("fp16", "int8-fp16"), ("fp32",)),
+        ("jetson-orin-nano-8gb", ("auto",), ("fp16", "int8-fp16"), ("fp32",)),
         # Its CUDA provider has no INT8.
         ("nvidia-gpu", ("auto",), ("fp16",), ("fp32",)),
         ("nvidia-gpu", ("onnxruntime-tensorrt",), ("fp16", "int8-fp16"), ("fp32",)),

@@ -291,3 +291,18 @@ def test_openvino_keeps_the_weights_it_reads_from_the_file(
     gc.collect()
     assert [blob() is not None for blob in maps] == [True]
     np.testing.assert_allclose(session.call(tiny_images(4)), tiny_logits(tiny_images(4)), atol=2e-4)
+
+
+def test_the_times_of_kernels_are_told_where_they_are_asked_for(
+    built: tuple[str, Path], tmp_path: Path
+) -> None:
+    runtime, engine = built
+    assert run(runtime, engine, tmp_path / "unasked", timing=SHORT).profile is None
+    profile = run(runtime, engine, tmp_path / "asked", timing=SHORT, profile=20).profile
+    assert profile is not None
+    assert profile.calls == 20
+    (layer,) = [kernel for kernel in profile.kernels if kernel.does == "fp32"]
+    assert "Conv" in layer.kind
+    assert layer.ns > 0
+    with pytest.raises(UsageError, match="profile is 0; it must be an integer"):
+        run(runtime, engine, tmp_path / "bad", timing=SHORT, profile=0)

@@ -12,7 +12,7 @@ from edgexception.agent.tensorrt_options import BuildOptions, read_options
 from edgexception.bench.statistics import Times
 from edgexception.recipe import TensorRtSpec
 from edgexception.report.assemble import Measured, Place, _gain, mark_fastest
-from edgexception.report.record import Estimate, Gain, Latency, Row
+from edgexception.report.record import Estimate, Gain, Latency, Row, Slower, Spent
 from edgexception.report.render import regret_lines
 from edgexception.targets import Precision
 
@@ -77,7 +77,7 @@ def gain(int8: list[Times], **floats: list[Times]) -> Gain | None:
     measured[place("fp32", runtime="other")] = Measured(rounds=rounds_of(0.1))
     measured[place("int8-fp16")] = Measured(rounds=rounds_of(0.1))
     found = SimpleNamespace(measured=measured)
-    return _gain(found, place("int8"), int8)  # type: ignore[arg-type]
+    return _gain(found, place("int8"), Measured(rounds=int8))  # type: ignore[arg-type]
 
 
 def test_int8_is_compared_with_the_fastest_float_engine_of_its_place() -> None:
@@ -86,6 +86,12 @@ def test_int8_is_compared_with_the_fastest_float_engine_of_its_place() -> None:
     assert (found.over, found.sure) == ("fp16", True)
     assert abs(found.ratio.value - 1.5) < 0.01
     assert gain(rounds_of(2.0)) is None
+
+
+def test_without_times_of_kernels_no_block_is_blamed() -> None:
+    found = gain(rounds_of(4.0), fp16=rounds_of(3.0))
+    assert found is not None
+    assert found.slower is None
 
 
 def test_a_gain_is_sure_only_where_its_whole_interval_is_above_one() -> None:
@@ -99,13 +105,26 @@ def test_a_gain_is_sure_only_where_its_whole_interval_is_above_one() -> None:
     assert not doubtful.sure
 
 
-def test_the_page_says_plainly_that_int8_is_not_worth_it() -> None:
-    over = Gain(over="fp16", ratio=Estimate(value=1.01, low=0.97, high=1.05))
-    (line,) = regret_lines([row("fp32"), row(gain=over)])
-    assert line == (
+def test_the_page_says_plainly_that_int8_is_not_worth_it_and_what_is_to_blame() -> None:
+    ratio = Estimate(value=1.01, low=0.97, high=1.05)
+    (line,) = regret_lines([row("fp32"), row(gain=Gain(over="fp16", ratio=ratio))])
+    plainly = (
         "INT8 is not worth it on cpu-x86 openvino int8 b1: 1.01x (0.97 to 1.05) as fast as fp16, "
-        "which is nearer to the network"
+        "which is nearer to the network; "
     )
+    assert line.startswith(f"{plainly}which blocks are to blame is not known")
+    shares = {"int8": 0.7, "quantize": 0.05, "reorder": 0.1, "other": 0.15}
+    spent = Spent(calls=30, total_ms=4.0, shares=shares, blocks={})
+    slower = tuple(Slower(block=f"block{n}", int8_ms=0.25, float_ms=0.125) for n in range(6))
+    (line,) = regret_lines([row(spent=spent, gain=Gain(over="fp16", ratio=ratio, slower=slower))])
+    assert line.startswith(f"{plainly}slower in INT8 by their kernels' times: ")
+    assert "times: block0 0.25 ms (fp16 0.125 ms), block1" in line
+    assert line.endswith(
+        "block3 0.25 ms (fp16 0.125 ms) and 2 more; 15.0% of INT8's time only "
+        "changes types and layouts"
+    )
+    (line,) = regret_lines([row(spent=spent, gain=Gain(over="fp16", ratio=ratio, slower=()))])
+    assert "kernels' times: no block;" in line
     sure = Gain(over="fp16", ratio=Estimate(value=1.1, low=1.01, high=1.2))
     assert regret_lines([row(gain=sure), row()]) == []
 
