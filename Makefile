@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test rtx lint format bench clean
 
 setup: $(READY)
 
@@ -24,6 +24,11 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/pytest
+
+# Engines of the full-size network for every GPU of TensorRT-RTX; needs none of them.
+rtx: $(READY)
+	$(BIN)/python recipes/fetch_kitchenware.py
+	$(BIN)/pytest tests/test_kitchenware_rtx.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

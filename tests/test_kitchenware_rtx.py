@@ -62,6 +62,5 @@ def test_every_gpu_has_its_engines_and_their_bytes_are_explained(side: int, tmp_
         assert found.zeros_bytes is not None, name
         assert row.onnx_bytes is not None, name
         # What is not padding is the weights of the file once, in their own type: no FP32 copy.
-        weights = found.weights_bytes - found.zeros_bytes
-        turing = find_target(row.target).sm == 75
-        assert weights < 1.05 * row.onnx_bytes or turing, name
+        # Depthwise layers are padded in runs too short to be counted as such.
+        assert found.weights_bytes - found.zeros_bytes < 1.1 * row.onnx_bytes, name
