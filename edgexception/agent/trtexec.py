@@ -200,6 +200,13 @@ def conversions(layers: Sequence[Layer]) -> dict[str, int]:
     return dict(sorted(Counter(_change(x) for x in layers if x.kind == "Reformat").items()))
 
 
+def does(layer: Layer) -> str:
+    """Return what a layer does in the words of `runtimes.KernelTime`."""
+    if layer.kind == "Reformat":
+        return _change(layer)
+    return (_PROPER.search(layer.kind) and _precision(layer)) or "other"
+
+
 def _change(layer: Layer) -> str:
     if layer.read == layer.written:
         return "reorder"

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from fakes import stand_in_for_tensorrt
 from narrow import minmax_plan, preprocess_of, random_images, small_graph
+from test_cuda import FakeDriver, use
 from tiny_engine import tiny_model
 
 from edgexception.agent.protocol import AgentError
@@ -109,6 +111,22 @@ def test_a_network_is_built_and_its_layers_are_told(
     assert steps
     assert all(0 < step["done"] <= step["total"] for step in steps)
     assert all(step["what"].startswith("build tensorrt: ") for step in steps)
+
+
+def test_the_times_of_layers_are_told_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.13.3.9")
+    use(monkeypatch, FakeDriver((8, 7)))
+    (tmp_path / "engine.plan").write_bytes(b"x" * 2000)
+    images = np.zeros((3, 40, 40, 3), np.uint8)
+    found = tensorrt.profile(tmp_path / "engine.plan", options(), images, 4)
+    assert [each.ns for each in found] == [1000 * n for n in range(1, len(CONVOLUTIONS) + 2)]
+    assert {each.name: each.does for each in found} == {
+        **{f"{name}_weight_q + {name}": "int8" for name in CONVOLUTIONS},
+        f"{FLOAT}_weight_q + {FLOAT}": "fp16",
+        "copy": "quantize",
+    }
 
 
 def test_every_option_reaches_the_builder(

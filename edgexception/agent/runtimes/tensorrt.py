@@ -8,17 +8,27 @@ the same, and to a fake where a GPU is needed.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorrt as trt
+from numpy.typing import NDArray
 
 from edgexception.agent import machine
 from edgexception.agent.onnx_file import operators
 from edgexception.agent.protocol import AgentError, progress
-from edgexception.agent.runtimes import Options, Session, blaming, brief
+from edgexception.agent.runtimes import (
+    PROFILE_WARM_UP,
+    KernelTime,
+    Options,
+    Session,
+    blaming,
+    brief,
+)
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
 from edgexception.agent.runtimes.trt_family import fix_batch, open_session
 from edgexception.agent.tensorrt_options import (
@@ -29,7 +39,14 @@ from edgexception.agent.tensorrt_options import (
     check,
     parse_version,
 )
-from edgexception.agent.trtexec import conversions, counts, layer_placement, parse_layers
+from edgexception.agent.trtexec import (
+    Layer,
+    conversions,
+    counts,
+    does,
+    layer_placement,
+    parse_layers,
+)
 
 PROGRESS_S = 1.0
 
@@ -140,6 +157,35 @@ def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter
     log = _Log()
     runtime = _runtime(_build_options(options), log)
     return open_session(trt, runtime, engine, options, "tensorrt", log)
+
+
+class _Profiler(trt.IProfiler):  # type: ignore[misc]
+    """Keeps the times of each layer in ms; called after each call (NvInferRuntime.h, IProfiler)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: dict[str, list[float]] = {}
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        """Take the time of one layer in one call."""
+        self.times.setdefault(layer_name, []).append(ms)
+
+
+def profile(
+    engine: Path, options: Options, images: NDArray[np.uint8], calls: int
+) -> list[KernelTime]:
+    """Return the medians of what TensorRT tells of every layer."""
+    log, wanted, profiler = _Log(), _build_options(options), _Profiler()
+    runtime = _runtime(wanted, log)
+    session = open_session(trt, runtime, engine, options, "tensorrt", log, profiler)
+    for _ in range(PROFILE_WARM_UP + calls):
+        session.call(images)
+    layers = {layer.name: layer for layer in _layers(engine.read_bytes(), wanted, log)}
+    return [
+        KernelTime(name, layer.kind, does(layer), int(1e6 * statistics.median(times[-calls:])))
+        for name, times in profiler.times.items()
+        for layer in [layers.get(name, Layer(name))]
+    ]
 
 
 def apply(calls: BuilderCalls, config: trt.IBuilderConfig) -> None:
