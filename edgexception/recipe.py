@@ -13,6 +13,7 @@ from pydantic import Field
 from edgexception.architecture import Architecture
 from edgexception.preprocess import Preprocess, PreprocessChanges
 from edgexception.recipe_data import (
+    Batch,
     CalibrationSpec,
     ClassName,
     Count,
@@ -198,7 +199,7 @@ class ExportSpec(Spec):
     )
     """In which precisions `dialects` are written; fp32 always is. Only the tensorrt dialect has
     float16."""
-    batch: Count | None = None
+    batch: Batch | None = None
     """A fixed batch size; None leaves it open, and each engine fixes its own."""
 
 
@@ -239,7 +240,7 @@ class TargetSpec(Spec):
 class BenchSpec(Spec):
     """How latency is measured. Engines take turns, round by round, so that noise hits all alike."""
 
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    batch_sizes: Annotated[tuple[Batch, ...], Field(min_length=1)] = (1,)
     warmup_ms: Milliseconds = 500
     duration_ms: Milliseconds = 2000
     """Measured time per engine, batch size and round."""

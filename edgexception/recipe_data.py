@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Batch = Annotated[int, Field(ge=1, le=4096)]
 Milliseconds = Annotated[int, Field(ge=1, le=3_600_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Budget = Annotated[float, Field(gt=0.0, lt=1.0)]

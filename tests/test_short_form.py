@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgexception.agent.verbs import MAX_BATCH
 from edgexception.errors import UsageError
 from edgexception.recipe import CheckpointModel
 from edgexception.short_form import Flags, recipe_of
@@ -119,3 +120,24 @@ def test_float16_alone_quantizes_nothing() -> None:
 def test_precisions_that_cannot_be_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         recipe_of(Path("net.keras"), Flags(calibration=Path("photos"), **flags), "export")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("0", "bench.batch_sizes.0: Input should be greater"),
+        (
+            f"{MAX_BATCH + 1}",
+            f"bench.batch_sizes.0: Input should be less than or equal to {MAX_BATCH}",
+        ),
+        ("1,1", "is listed twice"),
+        ("1-8", "give batch sizes separated by commas"),
+    ],
+)
+def test_batches_that_no_agent_builds_are_refused_at_once(batch: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe_of(Path("net.keras"), Flags(target="cpu-x86", batch=batch), "build")
+    flags = Flags(target="cpu-x86", batch=f"1,{MAX_BATCH}")
+    bench = recipe_of(Path("net.keras"), flags, "build").bench
+    assert bench is not None
+    assert bench.batch_sizes == (1, MAX_BATCH)
