@@ -132,7 +132,7 @@ def _precisions(flags: Flags) -> tuple[str, ...]:
     """
     if flags.precision and flags.precision != AUTO:
         return flags.precision
-    able = [set(row.precisions) for row in _rows(flags)]
+    able: list[set[str]] = [set(row.precisions) for row in _rows(flags)]
     images = flags.calibration is not None
     return side_by_side(set[str].intersection(*able), images=images) if able else ("fp32",)
 
