@@ -17,6 +17,13 @@ class Reader(NamedTuple):
     """Why it is not run here; None where it is."""
 
 
+def is_out_of_reach(target: str, machine: ProbeRecord) -> bool:
+    """Whether a target is another kind of machine, so that its engines need a kit or a device."""
+    row, tensorrt = find_target(target), machine.runtimes.get("tensorrt")
+    is_jetson = "Jetson" in (machine.board or "") or (tensorrt and tensorrt.version is not None)
+    return row.arch != machine.arch or (row.module is not None and not is_jetson)
+
+
 def why_not_built(target: str, runtime: str, machine: ProbeRecord) -> str | None:
     """Return why a runtime cannot build for a target here; None where it can."""
     if find_target(target).arch != machine.arch and not find_runtime(target, runtime).cross_built:

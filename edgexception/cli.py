@@ -224,6 +224,25 @@ def _run(
         raise GateFailed("; ".join(gate_lines(report.failed_gates)))
 
 
+@app.command("import-results")
+def import_results(
+    results: Annotated[Path, typer.Argument(help="The folder `results` of a kit.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The run that made the kit. Default: build/<its name>."),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take what a kit built and measured on its device back into the run that made the kit."""
+    with exit_codes():
+        from edgexception.device import RecordedDevice
+        from edgexception.recipe_file import load_recipe
+
+        folder = out or Path("build") / RecordedDevice(results).results.name
+        _run(load_recipe(folder / "recipe.yaml"), "bench", folder, json_, quiet, results=results)
+
+
 @app.command()
 def check(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...")]) -> None:
     """Check recipes without running them; every fault is named with file and line."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.ability import why_not_built
+from edgexception.ability import is_out_of_reach, why_not_built
 from edgexception.artifacts import Artifact
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
-from edgexception.device import ProbeRecord, Profile
+from edgexception.device import Device, ProbeRecord, Profile, Progress
 from edgexception.errors import NotPossibleHere
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
@@ -30,21 +30,9 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
     """
 
     def write(folder: Path) -> None:
+        check_graph(exported, place)
         model = exported.file("model.onnx")
-        if place.dialect == "tensorrt":
-            from edgexception.export.lint import check_typed
-
-            check_typed(model, place.sm)
-        record = build_engine(
-            place.runtime,
-            model,
-            place.batch,
-            place.threads,
-            shop.device,
-            folder,
-            shop.progress,
-            {"sm": place.sm, "tensorrt": place.tensorrt_options},
-        )
+        record = ask_build(place, model, shop.device, folder, shop.progress)
         write_json(folder / "build.json", record)
 
     inputs = {
@@ -57,6 +45,35 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
         "machine": shop.identity(place.runtime),
     }
     return shop.once("build", place.key, inputs, write)
+
+
+def check_graph(exported: Artifact, place: Place) -> None:
+    """Raise the EdgexError of a graph that TensorRT would not compute as it is meant."""
+    if place.dialect == "tensorrt":
+        from edgexception.export.lint import check_typed
+
+        check_typed(exported.file("model.onnx"), place.sm)
+
+
+def ask_build(
+    place: Place,
+    model: Path,
+    device: Device,
+    folder: Path,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Let a device build one engine in a folder; return its record."""
+    more = {"sm": place.sm, "tensorrt": place.tensorrt_options}
+    return build_engine(
+        place.runtime, model, place.batch, place.threads, device, folder, progress, more
+    )
+
+
+def engine_at(place: Place, path: Path) -> Engine:
+    """Return an engine as it is measured."""
+    return Engine(
+        place.key, place.runtime, path, place.batch, place.threads, place.tensorrt_options
+    )
 
 
 def evaluate(
@@ -122,12 +139,27 @@ def bench(
     return found
 
 
-def places_of(recipe: Recipe, machine: ProbeRecord) -> Iterator[Place]:
-    """Yield every engine that the recipe asks for, after checking that this machine can have it."""
+def measured_by_kit(recipe: Recipe, machine: ProbeRecord) -> Recipe:
+    """Return the recipe with a `bench` section where a target is out of reach.
+
+    Its kit is run once, so it measures what it builds.
+    """
+    away = any(is_out_of_reach(spec.target, machine) for spec in recipe.targets)
+    return recipe.model_copy(update={"bench": recipe.bench or BenchSpec()}) if away else recipe
+
+
+def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Iterator[Place]:
+    """Yield every engine that the recipe asks for, after checking that this machine can have it.
+
+    With `kits` those that are out of reach are not checked: their devices do that.
+    """
     batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
     for spec in recipe.targets:
-        check_target(spec, machine)
-        threads = spec.threads or machine.cpu.usable_cores
+        if kits and is_out_of_reach(spec.target, machine):
+            threads = spec.threads or find_target(spec.target).integer("cpu_cores") or 1
+        else:
+            check_target(spec, machine)
+            threads = spec.threads or machine.cpu.usable_cores
         for runtime in spec.runtime_names:
             dialect = find_runtime(spec.target, runtime).dialect
             for precision in spec.precisions:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, get_args
 
 from edgexception.ability import Reader, why_not_measured, why_not_run
-from edgexception.artifacts import Artifact, Store
-from edgexception.bench.executed import check_placement
+from edgexception.artifacts import Store
 from edgexception.calibration_size import too_few
-from edgexception.device import Device, ProbeRecord, Progress, local_device, open_device
-from edgexception.engine_stages import Timed, bench, build, evaluate, places_of
-from edgexception.errors import DeviceLost, EdgexError, OutOfResources, UsageError
+from edgexception.device import (
+    Device,
+    ProbeRecord,
+    Progress,
+    RecordedDevice,
+    local_device,
+    open_device,
+)
+from edgexception.engine_stages import measured_by_kit, places_of
+from edgexception.errors import EdgexError, UsageError
 from edgexception.imageset import first_images
+from edgexception.measuring import build_all, fault_noted, leave_kit, measure_all
 from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import open_output
 from edgexception.pruning import prune
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
-    BenchSpec,
     CheckpointModel,
     PtqSpec,
     QatSpec,
@@ -31,11 +35,11 @@ from edgexception.recipe import (
     TrainedHereModel,
 )
 from edgexception.recipe_checks import check_recipe, dialects_of
-from edgexception.report.assemble import Measured, Place, build_record, report_of
+from edgexception.report.assemble import report_of
 from edgexception.report.record import Report, StageLine
 from edgexception.resolver import settle
 from edgexception.run_images import images_to_learn, open_images
-from edgexception.run_state import RunState, engine_of, findings, publish
+from edgexception.run_state import RunState, findings, publish
 from edgexception.sources import list_source
 from edgexception.stages import (
     export,
@@ -81,6 +85,8 @@ class Where:
     power_mode: str | None = None
     lock_clocks: bool = False
     """What a Jetson is changed to while it is timed, and back from after."""
+    results: Path | None = None
+    """What a kit left on the device of the targets that are out of reach."""
 
     @property
     def power(self) -> dict[str, Any] | None:
@@ -120,12 +126,12 @@ def run(
     with _device(where) as device, open_output(out) as store:
         machine = _probe(device, store, where.power)
         shop = Workshop(store, device, machine, listener.stage, listener.progress, where.power)
-        recipe, said = settle(recipe, shop.machine)
-        for text in said:
-            listener.notice(text)
-        check_recipe(recipe)
-        places = tuple(places_of(recipe, shop.machine)) if _reaches(last, "export") else ()
+        recipe = _settled(recipe, shop, where, listener)
+        kits = where.device is None
+        places = tuple(places_of(recipe, shop.machine, kits)) if _reaches(last, "export") else ()
         state = RunState(recipe, shop, places, *import_model(shop, recipe.model, recipe.evaluation))
+        if where.results is not None:
+            state.away = _away(where.results, shop)
         if _reaches(last, "prune-plan"):
             open_images(state)
             compare = last in ("prune", "bench")
@@ -138,12 +144,14 @@ def run(
             _export(state)
             _verify(state)
         if _reaches(last, "build"):
-            _build(state)
+            build_all(state)
         if _reaches(last, "bench"):
-            _measure(state)
+            measure_all(state)
         report = report_of(findings(state, judged=_reaches(last, "bench")))
         publish(out, state, report)
-    return Outcome(report, state.fault)
+        if state.waiting and _reaches(last, "build"):
+            listener.notice(leave_kit(state, out))
+    return Outcome(report, state.fault if last == "build" else state.fault or state.unmeasured)
 
 
 def _reaches(last: Last, stage: Last) -> bool:
@@ -186,6 +194,24 @@ def _device(where: Where) -> AbstractContextManager[Device]:
     if where.device is None:
         return nullcontext(local_device())
     return open_device(where.device, where.keep)
+
+
+def _settled(recipe: Recipe, shop: Workshop, where: Where, listener: Listener) -> Recipe:
+    """Return the recipe for the devices that are meant, and say what was chosen."""
+    recipe, said = settle(recipe, shop.machine)
+    if where.device is None:
+        recipe = measured_by_kit(recipe, shop.machine)
+    check_recipe(recipe)
+    for text in said:
+        listener.notice(text)
+    return recipe
+
+
+def _away(results: Path, shop: Workshop) -> Workshop:
+    """Return where the engines of a kit were built: the device that its results answer for."""
+    device = RecordedDevice(results)
+    machine = _probe(device, shop.store, None)
+    return Workshop(shop.store, device, machine, shop.tell, shop.progress, done=shop.done)
 
 
 def _probe(device: Device, store: Store, power: dict[str, Any] | None) -> ProbeRecord:
@@ -271,7 +297,7 @@ def _verify(state: RunState) -> None:
     answers = reference(state.shop, state.model, first, "for parity")
     for form, exported in state.exports.items():
         for reader in _readers(state, form):
-            with _fault_noted(state.parity_faults, (form, reader.runtime)):
+            with fault_noted(state.parity_faults, (form, reader.runtime)):
                 state.parity[form, reader.runtime] = verify(
                     state.shop,
                     state.model,
@@ -302,69 +328,3 @@ def _readers(state: RunState, form: Form) -> list[Reader]:
     if able and all(wanted.values()):
         wanted[able[0]] = None
     return [Reader(*item) for item in (wanted or {None: NOT_READ}).items()]
-
-
-def _build(state: RunState) -> None:
-    for place in state.places:
-        if place not in state.faults:
-            with _fault_noted(state.faults, place):
-                state.engines[place] = build(state.shop, state.exports[place.form], place)
-                check_placement(build_record(state.engines[place]), place.key)
-
-
-def _measure(state: RunState) -> None:
-    if state.evaluation is not None or state.recipe.bench is not None:
-        for place in state.engines:
-            if reason := why_not_measured(place.target, place.runtime, state.shop.machine):
-                state.skips[place] = reason
-    if state.evaluation is not None and _to_run(state):
-        answers = reference(state.shop, state.model, state.evaluation, "for evaluation")
-        floats = np.load(answers.file("logits.npy"), allow_pickle=False)
-        for place, built in _to_run(state).items():
-            with _fault_noted(state.faults, place):
-                logits = evaluate(state.shop, engine_of(place, built), built, answers)
-                state.measured[place] = Measured(logits=logits, reference=floats)
-    if state.recipe.bench is not None:
-        for place, timed in _latency(state, state.recipe.bench).items():
-            measured = state.measured.setdefault(place, Measured())
-            measured.rounds, measured.conditions, measured.profile = timed
-
-
-def _to_run(state: RunState) -> dict[Place, Artifact]:
-    """Return the engines that can be run and have not failed."""
-    left_out = (*state.faults, *state.skips)
-    return {place: built for place, built in state.engines.items() if place not in left_out}
-
-
-def _latency(state: RunState, spec: BenchSpec) -> dict[Place, Timed]:
-    """Measure every engine that works; one that fails is taken out and the others start again."""
-    while True:
-        working = _to_run(state)
-        if not working:
-            return {}
-        try:
-            engines = [(engine_of(place, built), built) for place, built in working.items()]
-            found = bench(state.shop, engines, spec)
-        except (OutOfResources, DeviceLost):
-            raise
-        except EdgexError as error:
-            failed = [place for place in working if place.key == error.engine]
-            if not failed:
-                raise
-            state.faults[failed[0]] = error
-        else:
-            return {place: found[place.key] for place in working}
-
-
-Key = TypeVar("Key")
-
-
-@contextmanager
-def _fault_noted(faults: dict[Key, EdgexError], key: Key) -> Iterator[None]:
-    """Note the error of one engine and go on with the next; a full or lost device ends the run."""
-    try:
-        yield
-    except (OutOfResources, DeviceLost):
-        raise
-    except EdgexError as error:
-        faults[key] = error

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgexception.ability import is_out_of_reach
 from edgexception.agent.manifest import FILE as MANIFEST
 from edgexception.artifacts import Artifact
 from edgexception.bench.protocol import Engine
+from edgexception.device import ProbeRecord
+from edgexception.engine_stages import engine_at
 from edgexception.errors import EdgexError, NotPossibleHere
 from edgexception.imageset import ImageSet
 from edgexception.output import fill_output
@@ -51,6 +54,27 @@ class RunState:
     faults: dict[Place, EdgexError] = field(default_factory=dict)
     skips: dict[Place, str] = field(default_factory=dict)
     """Engines that are not run, because this machine cannot."""
+    away: Workshop | None = None
+    """Where a kit was run, for the targets that are out of reach; its results answer there."""
+    waiting: dict[Place, str] = field(default_factory=dict)
+    """Engines that a kit builds, and has not built yet."""
+
+    def is_away(self, place: Place) -> bool:
+        """Whether an engine is for a kit: it cannot be built by the machine of `shop`."""
+        return is_out_of_reach(place.target, self.shop.machine)
+
+    def shop_of(self, place: Place) -> Workshop | None:
+        """Return where an engine is built and run; None while a kit waits for that."""
+        return self.away if self.is_away(place) else self.shop
+
+    def machine_of(self, place: Place) -> ProbeRecord:
+        """Return the machine that builds and runs an engine."""
+        return (self.shop_of(place) or self.shop).machine
+
+    @property
+    def unmeasured(self) -> EdgexError | None:
+        """The error of who wants measurements where engines still wait."""
+        return next((NotPossibleHere(f"{p.key}: {why}") for p, why in self.waiting.items()), None)
 
     @property
     def fault(self) -> EdgexError | None:
@@ -61,15 +85,7 @@ class RunState:
 
 def engine_of(place: Place, built: Artifact) -> Engine:
     """Return an engine as it is measured."""
-    record = build_record(built)
-    return Engine(
-        place.key,
-        place.runtime,
-        built.file(record.engine),
-        place.batch,
-        place.threads,
-        place.tensorrt_options,
-    )
+    return engine_at(place, built.file(build_record(built).engine))
 
 
 def findings(state: RunState, *, judged: bool) -> Findings:
@@ -96,7 +112,8 @@ def findings(state: RunState, *, judged: bool) -> Findings:
         engines=state.engines,
         measured=state.measured,
         faults={place: str(error) for place, error in state.faults.items()},
-        skips=state.skips,
+        skips={**state.skips, **state.waiting},
+        away=None if state.away is None else (state.away.device.name, state.away.machine),
         stages=tuple(state.shop.done),
         sensitivity=None
         if state.sensitivity is None

@@ -1,4 +1,7 @@
-"""The agent's command: `python -m edgexception.agent VERB REQUEST_DIR RESPONSE_DIR`."""
+"""The agent's command: `python -m edgexception.agent VERB REQUEST_DIR RESPONSE_DIR`.
+
+A person on the device starts it as `python3 agent.pyz run-kit KIT_FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,8 @@ FIELDS = {
 
 def main(arguments: list[str]) -> int:
     """Answer one request; return the exit code. Every fault is also written as the response."""
+    if arguments[:1] == ["run-kit"]:
+        return _run_kit(arguments[1:])
     if len(arguments) != 3 or arguments[0] not in FIELDS:
         sys.stderr.write(
             "usage: python -m edgexception.agent probe|build|run REQUEST_DIR RESPONSE_DIR\n"
@@ -58,6 +63,20 @@ def main(arguments: list[str]) -> int:
             sys.stderr.write(f"{message} (and no answer could be written: {unwritten})\n")
         return EXIT_CODES[kind]
     return 0
+
+
+def _run_kit(arguments: list[str]) -> int:
+    from edgexception.agent import kit  # noqa: PLC0415 - a host's agent has no use for it
+
+    try:
+        return kit.main(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; start it again to go on where it stopped\n")
+        return INTERRUPTED
+    except OSError as error:
+        kind, message = _classify(error)
+        sys.stderr.write(f"run-kit: {message}\n")
+        return EXIT_CODES[kind]
 
 
 def _verb(name: str) -> Callable[[Request, Path], None]:

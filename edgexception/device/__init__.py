@@ -19,6 +19,7 @@ from edgexception.device.contract import (
     RuntimeFacts,
 )
 from edgexception.device.local import LocalDevice, local_device
+from edgexception.device.recorded import RecordedDevice
 from edgexception.device.ssh import SshDevice, open_device
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ProbeRecord",
     "Profile",
     "Progress",
+    "RecordedDevice",
     "RunRecord",
     "RuntimeFacts",
     "SshDevice",

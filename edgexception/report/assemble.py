@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception import __version__
+from edgexception.ability import is_out_of_reach
 from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
 from edgexception.bench.conditions import Conditions
@@ -134,6 +135,8 @@ class Findings:
     faults: Mapping[Place, str]
     skips: Mapping[Place, str]
     """Of engines that are not run, because this machine cannot."""
+    away: tuple[str, ProbeRecord] | None
+    """The device that a kit was run on, for the targets that are out of reach here."""
     stages: tuple[StageLine, ...]
     sensitivity: Path | None
     judged: bool
@@ -147,7 +150,7 @@ def report_of(found: Findings) -> Report:
         edgexception=__version__,
         recipe=found.recipe.model_dump(mode="json", exclude_none=True),
         network=found.card,
-        machine=_machine(found),
+        machine=_machine(found.device, found.machine),
         versions=_versions(found.machine),
         pruning=found.pruning,
         calibration=_calibration(found),
@@ -167,10 +170,9 @@ def report_of(found: Findings) -> Report:
     )
 
 
-def _machine(found: Findings) -> Machine:
-    machine = found.machine
+def _machine(device: str, machine: ProbeRecord) -> Machine:
     return Machine(
-        device=found.device,
+        device=device,
         arch=machine.arch,
         system=machine.system,
         python=machine.python,
@@ -268,10 +270,17 @@ def _row(found: Findings, place: Place) -> Row:
         facts |= {"status": "skipped", "reason": found.skips[place]}
     else:
         facts |= _quality(found, place, measured) | _speed(found, place, measured)
+    device, machine = found.device, found.machine
+    elsewhere = is_out_of_reach(place.target, machine)
+    if elsewhere and found.away is not None:
+        device, machine = found.away
+        facts["machine"] = _machine(device, machine)
+    known = found.away is not None or not elsewhere
+    version_there = machine.runtimes[place.runtime].version if known else None
     return Row(
         target=place.target,
         runtime=place.runtime,
-        runtime_version=found.machine.runtimes[place.runtime].version,
+        runtime_version=version_there,
         precision=place.precision,
         batch=place.batch,
         threads=place.threads,

@@ -173,6 +173,21 @@ class Listing(Record):
         return self.read_bytes + self.written_bytes
 
 
+class Machine(Record):
+    """Where the run happened, as the device said of itself."""
+
+    device: str
+    arch: str
+    system: str
+    python: str
+    board: str | None
+    power_mode: str | None = None
+    cpu: str | None
+    cores: int
+    vnni: bool
+    memory_bytes: int | None
+
+
 class Row(Record):
     """One engine: a target's runtime, a precision and a batch size."""
 
@@ -182,6 +197,8 @@ class Row(Record):
     precision: str
     batch: int
     threads: int
+    machine: Machine | None = None
+    """Where a kit built and measured it; None is the report's machine."""
     status: Literal["measured", "built", "skipped", "failed"]
     reason: str | None = None
     """Why a row is skipped or failed."""
@@ -383,21 +400,6 @@ class Sensitivity(Record):
     threads: int
     everything: Effect
     units: tuple[UnitSensitivity, ...]
-
-
-class Machine(Record):
-    """Where the run happened, as the device said of itself."""
-
-    device: str
-    arch: str
-    system: str
-    python: str
-    board: str | None
-    power_mode: str | None = None
-    cpu: str | None
-    cores: int
-    vnni: bool
-    memory_bytes: int | None
 
 
 class Report(Record):

@@ -17,6 +17,7 @@ from edgexception.report.record import (
     Gain,
     GateResult,
     Listing,
+    Machine,
     Paired,
     Parity,
     Pruning,
@@ -67,6 +68,7 @@ def to_text(report: Report) -> str:
             f"{row.paired.changed} changed" if row.paired else "",
         ]
         facts += [f"SQNR {_sqnr(row.fidelity)}" if row.fidelity else "", row.reason or ""]
+        facts += [f"on {machine_line(row.machine)}" if row.machine else ""]
         lines.append(f"{row_name(row):<36}{latency}  {'  '.join(fact for fact in facts if fact)}")
     lines += regret_lines(report.rows)
     lines += condition_lines(report.rows)
@@ -179,10 +181,18 @@ def to_markdown(report: Report) -> str:
         listing_lines=listing_lines,
         regret_lines=regret_lines,
         condition_lines=condition_lines,
+        machine_line=machine_line,
         pruning_lines=pruning_lines,
         cut_layers=cut_layers,
     )
     return environment.get_template("report.md.j2").render(report=report)
+
+
+def machine_line(machine: Machine) -> str:
+    """Say in one line which machine a kit was run on."""
+    mode = f", power mode {machine.power_mode}" if machine.power_mode else ""
+    name = machine.board or machine.cpu or machine.arch
+    return f"{name}{mode}, {machine.system}, Python {machine.python} ({machine.device})"
 
 
 def regret_lines(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,77 @@
+"""A kit of one small network: planned, run in another process, and its results asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_engine import SIDE, tiny_images, tiny_logits
+
+from edgexception.artifacts import Artifact, FileRecord, sha256_file
+from edgexception.bench.protocol import measure_latency, run_images
+from edgexception.device import RecordedDevice
+from edgexception.engine_stages import ask_build, engine_at
+from edgexception.errors import UsageError
+from edgexception.kit import plan_kit, write_kit
+from edgexception.recipe import BenchSpec
+from edgexception.report.assemble import Place
+from edgexception.targets import Form
+
+PLACE = Place("cpu-x86", "onnxruntime", "onnxruntime", "fp32", 1, 1)
+BENCH = BenchSpec(warmup_ms=1, duration_ms=2, min_iterations=3, rounds=2)
+
+
+def artifact(path: Path, name: str) -> Artifact:
+    """What a stage published, as far as a kit looks at it."""
+    record = FileRecord(sha256_file(path), path.stat().st_size)
+    return Artifact("test", "key", path.parent, {name: record}, record.sha256)
+
+
+def test_what_a_host_asks_is_answered_by_what_the_kit_did(tiny_onnx: Path, tmp_path: Path) -> None:
+    pixels = tiny_images(5)
+    np.save(tmp_path / "images.npy", pixels)
+    model, images = (
+        artifact(tiny_onnx, "model.onnx"),
+        artifact(tmp_path / "images.npy", "images.npy"),
+    )
+    kit = plan_kit("tiny", [PLACE], {Form("fp32"): model}, images, BENCH, (SIDE, SIDE))
+    (tmp_path / "work").mkdir()
+    write_kit(kit, tmp_path / "kit", tmp_path / "work")
+    done = subprocess.run(
+        [sys.executable, "agent.pyz", "run-kit", "."],
+        cwd=tmp_path / "kit",
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    labels = [line.partition(": ")[0] for line in done.stderr.splitlines()]
+    assert labels == [
+        "[1/5] probe",
+        f"[2/5] build {PLACE.key}",
+        f"[3/5] images {PLACE.key}",
+        f"[4/5] timing {PLACE.key}",
+        f"[5/5] timing {PLACE.key}",
+        "results",
+    ]
+
+    device = RecordedDevice(tmp_path / "kit/results")
+    assert device.results.kit == kit.digest
+    assert "onnxruntime" in device.call("probe", {"any": 1}, {}, tmp_path / "probe")["runtimes"]
+    record = ask_build(PLACE, model.file("model.onnx"), device, tmp_path / "engine")
+    engine = engine_at(PLACE, tmp_path / "engine" / record["engine"])
+    logits = run_images(engine, images.file("images.npy"), device, tmp_path / "run")
+    np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
+    times = measure_latency([engine], BENCH, device, tmp_path / "rounds")
+    assert [len(turn) >= 3 for turn in times[PLACE.key]] == [True, True]
+
+
+def test_a_kit_is_for_one_device(tiny_onnx: Path) -> None:
+    exports = {Form("fp32"): artifact(tiny_onnx, "model.onnx")}
+    places = [PLACE, Place("cpu-aarch64", "onnxruntime", "onnxruntime", "fp32", 1, 1)]
+    with pytest.raises(UsageError, match="out of reach: cpu-aarch64, cpu-x86; choose one"):
+        plan_kit("tiny", places, exports, None, None, (SIDE, SIDE))
