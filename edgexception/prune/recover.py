@@ -19,7 +19,7 @@ from edgexception.train.state import Keeper
 SECTION = "prune.recovery"
 REFIT_PIXELS = 2**22
 """Pixels of the images that weights are fitted to, which are all in memory at once: 455 images of
-96x96, about 3 GB."""
+96x96."""
 
 
 def recover(
