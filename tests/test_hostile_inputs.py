@@ -28,7 +28,7 @@ COUNTED: set[tuple[str, str]] = set()
 def one_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ask the machine once: what it is, is not what is tested here, and asking takes a second."""
     with Store(tmp_path_factory.mktemp("probe")) as store:
-        facts = pipeline._probe(local_device(), store)
+        facts = pipeline._probe(local_device(), store, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_probe", lambda *_: facts)
         yield
