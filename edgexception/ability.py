@@ -21,7 +21,8 @@ def is_out_of_reach(target: str, machine: ProbeRecord) -> bool:
     """Whether a target is another kind of machine, so that its engines need a kit or a device."""
     row, tensorrt = find_target(target), machine.runtimes.get("tensorrt")
     is_jetson = "Jetson" in (machine.board or "") or (tensorrt and tensorrt.version is not None)
-    return row.arch != machine.arch or (row.module is not None and not is_jetson)
+    is_foreign = row.arch != machine.arch and not any(r.cross_built for r in row.runtimes.values())
+    return is_foreign or (row.module is not None and not is_jetson)
 
 
 def why_not_built(target: str, runtime: str, machine: ProbeRecord) -> str | None:
