@@ -25,7 +25,7 @@ from edgexception.bench.statistics import sqnr_db
 from edgexception.data import open_evaluation
 from edgexception.imageset import first_images
 from edgexception.model.checkpoint import load_checkpoint
-from edgexception.model.graph import inference_graph, layers, to_graph_input
+from edgexception.model.graph import inference_graph, to_graph_input
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.simulate import simulate
 from edgexception.recipe_file import load_recipe
