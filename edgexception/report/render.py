@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from edgexception.agent.placement import WIDEST_FIRST
 from edgexception.prune.plan import LayerChange
 from edgexception.report.record import (
-    Effect,
     Estimate,
     Exceptions,
     Fidelity,
@@ -23,11 +22,10 @@ from edgexception.report.record import (
     Pruning,
     Report,
     Row,
-    Sensitivity,
     Share,
-    UnitSensitivity,
     row_name,
 )
+from edgexception.report.sensitivity import budget, decibels, sensitivity_lines, shade, worst_first
 from edgexception.targets import is_int8
 
 _BLAMED = 4
@@ -107,42 +105,6 @@ def _nearness(found: Mapping[str, Any]) -> str:
     return decibels if share is None else f"{decibels} and agreement {share:.4f}"
 
 
-def sensitivity_lines(table: Sensitivity) -> list[str]:
-    """Return the table of what each edge and weight costs, worst first."""
-    lines = [
-        f"SQNR in dB of the logits with only this quantized ({table.dialect}, {table.images} "
-        f"calibration images, {table.seconds:.0f} s on {table.threads} threads); "
-        f"all: {_decibels(table.everything)}",
-        f"{'unit':<24}{'input':>7}{'inner':>7}{'weights':>9}{'output':>8}{'unit':>7}"
-        f"{'all but it':>12}  share of the noise",
-    ]
-    for row, share in worst_first(table):
-        lines.append(
-            f"{row.unit:<24}{_decibels(row.input):>7}{_decibels(row.inner):>7}"
-            f"{_decibels(row.weights):>9}{_decibels(row.output):>8}{_decibels(row.exception):>7}"
-            f"{_decibels(row.without):>12}  {share:6.1%} {_shade(share)}"
-        )
-    return lines
-
-
-def worst_first(table: Sensitivity) -> list[tuple[UnitSensitivity, float]]:
-    """Return the units with their shares of the sum of all units' noises."""
-    total = sum(row.exception.noise for row in table.units) or 1.0
-    rows = sorted(table.units, key=lambda row: row.exception.noise, reverse=True)
-    return [(row, row.exception.noise / total) for row in rows]
-
-
-def _shade(share: float) -> str:
-    """Return a bar of one block for every percent, at least one."""
-    return "\N{FULL BLOCK}" * max(1, min(60, round(share * 100)))
-
-
-def _decibels(effect: Effect | None) -> str:
-    if effect is None:
-        return "-"
-    return "equal" if effect.sqnr_db is None else f"{effect.sqnr_db:.1f}"
-
-
 def gate_lines(gates: Sequence[GateResult]) -> list[str]:
     """Return one line a gate: what was bounded, where, and what was found."""
     lines = []
@@ -173,9 +135,10 @@ def to_markdown(report: Report) -> str:
         mib=_mib,
         row_name=row_name,
         not_compared=_not_compared,
-        decibels=_decibels,
+        budget=budget,
+        decibels=decibels,
         worst_first=worst_first,
-        shade=_shade,
+        shade=shade,
         exception_lines=_exception_lines,
         executed_line=executed_line,
         listing_lines=listing_lines,

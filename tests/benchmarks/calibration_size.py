@@ -1,11 +1,13 @@
 """How many calibration images each range method needs: SQNR and changed predictions by set size.
 
     python tests/benchmarks/calibration_size.py RECIPE [--images N] [--sizes 16,64,256,1024]
+                                                [--ranges METHOD,...] [--plain]
 
 Quantizes a recipe's network with `ranges: auto` and with every fixed method, on the first 16, 64,
 ... images of the recipe's calibration source (as many as are there), and prints a Markdown table:
 symmetric activations, simulated as the tensorrt dialect computes them, against the float network on
-the first N evaluation images. All else is as the recipe's `quantize` section says.
+the first N evaluation images. All else is as the recipe's `quantize` section says; with `--plain`
+there is nothing else: no equalization, no bias correction, nearest levels.
 
 A recipe that trains its network trains it here, too; `--model build/NAME/model.safetensors` takes
 the one that `edgex run` left instead.
@@ -42,6 +44,7 @@ from edgexception.sources import list_source
 
 METHODS = get_args(PtqSpec.model_fields["ranges"].annotation)
 BATCH = 8
+PLAIN = {"equalization": False, "bias_correction": False, "rounding": "nearest"}
 
 
 def network_of(recipe: Recipe, model: Path | None) -> TrainedModel:
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--sizes", default="16,64,256,1024")
     parser.add_argument("--ranges", default=",".join(METHODS))
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--model", type=Path, default=None)
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
@@ -102,7 +106,12 @@ def main() -> None:
     print(f"{recipe.name}, {len(evaluation)} evaluation images, {threads} threads\n")
     print("| ranges | calibration images | SQNR | changed | seconds |\n|---|--:|--:|--:|--:|")
     for method in arguments.ranges.split(","):
-        asked = base.model_copy(update={"ranges": method, "activations": "symmetric"})
+        changes = {
+            "ranges": method,
+            "activations": "symmetric",
+            **(PLAIN if arguments.plain else {}),
+        }
+        asked = base.model_copy(update=changes)
         for size in sizes:
             start = time.monotonic()
             result = quantize_ptq(graph, asked, first_images(calibration, size), weight_bits=8)
