@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.ability import is_out_of_reach, why_not_built
+from edgexception.agent.tensorrt_options import parse_version, read_options
 from edgexception.artifacts import Artifact
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, ProbeRecord, Profile, Progress
-from edgexception.errors import NotPossibleHere
+from edgexception.errors import NotPossibleHere, UsageError
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
+from edgexception.resolver import version_for
 from edgexception.targets import extra_of, find_runtime, find_target
 from edgexception.workshop import Workshop, write_json
+
+if TYPE_CHECKING:
+    from edgexception.export.dla import DlaPlan
 
 
 def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
@@ -53,6 +58,33 @@ def check_graph(exported: Artifact, place: Place) -> None:
         from edgexception.export.lint import check_typed
 
         check_typed(exported.file("model.onnx"), place.sm)
+
+
+def plan_dla(exported: Artifact, place: Place, machine: ProbeRecord) -> DlaPlan | None:
+    """Return which layers of an engine the DLA can run; None where it is not asked to run there.
+
+    Raises UsageError where it can run none, and where it would compute otherwise than is written.
+    """
+    options = read_options(place.tensorrt_options)
+    if options is None or options.dla_core is None:
+        return None
+    from edgexception.export.dla import plan_dla as plan_graph
+
+    plan = plan_graph(exported.file("model.onnx"))
+    version = version_for(place.target, options, machine)
+    if not any(layer.precision for layer in plan.layers):
+        raise UsageError(
+            f"{place.key}: the DLA can run none of its {len(plan.layers)} layers (of the first: "
+            f"{plan.layers[0].why}): leave out dla_core"
+        )
+    float32 = [layer.name for layer in plan.layers if layer.float32]
+    if float32 and parse_version(version) < (11,):
+        raise UsageError(
+            f"{place.key}: {len(float32)} layers are float32 because they may overflow FP16 (the "
+            f"first is {float32[0]}), and TensorRT {version} would compute them in FP16: for a DLA "
+            "its networks are weakly typed; leave out dla_core, or take TensorRT 11.4.1"
+        )
+    return plan
 
 
 def ask_build(

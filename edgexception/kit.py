@@ -70,6 +70,8 @@ class Kit:
     files: Mapping[str, Path]
     """What it names, but for the agent."""
     commands: Mapping[str, str]
+    notes: Sequence[str] = ()
+    """What its page says of its engines."""
 
     @property
     def digest(self) -> str:
@@ -84,6 +86,7 @@ def plan_kit(
     images: Artifact | None,
     bench: BenchSpec | None,
     size: tuple[int, int],
+    notes: Sequence[str] = (),
 ) -> Kit:
     """Return the kit that builds and measures engines on a device; `size` is the network's input.
 
@@ -119,6 +122,7 @@ def plan_kit(
             for version in COMMAND_VERSIONS
             if any(place.runtime == "tensorrt" for place in places)
         },
+        notes,
     )
 
 
@@ -301,6 +305,7 @@ def readme(kit: Kit) -> str:
             f"- `{call['label'].removeprefix('build ')}` from `{call['files']['model.onnx']}`"
             for call in builds
         ),
+        notes="".join(f"\n- {note}" for note in kit.notes),
         measured=" and ".join(measured),
         by_hand=_BY_HAND.format(", ".join(COMMAND_VERSIONS)) if kit.commands else "",
     )

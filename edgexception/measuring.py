@@ -13,11 +13,12 @@ from edgexception.ability import why_not_measured
 from edgexception.artifacts import Artifact
 from edgexception.bench.executed import check_placement
 from edgexception.device import RecordedDevice
-from edgexception.engine_stages import Timed, bench, build, check_graph, evaluate
+from edgexception.engine_stages import Timed, bench, build, check_graph, evaluate, plan_dla
 from edgexception.errors import BadArtifact, DeviceLost, EdgexError, OutOfResources
 from edgexception.kit import Kit, kit_folder, plan_kit, write_kit
 from edgexception.recipe import BenchSpec
 from edgexception.report.assemble import Measured, Place, build_record
+from edgexception.report.dla import dla_line, dla_planned
 from edgexception.run_state import RunState, engine_of
 from edgexception.stages import reference
 from edgexception.targets import find_target
@@ -27,9 +28,13 @@ from edgexception.workshop import Workshop
 def build_all(state: RunState) -> None:
     """Build every engine whose graph is sound; those for a kit wait, or are among its results."""
     for place in state.places:
-        if state.is_away(place):
-            with fault_noted(state.faults, place):
-                check_graph(state.exports[place.form], place)
+        exported = state.exports[place.form]
+        with fault_noted(state.faults, place):
+            if state.is_away(place):
+                check_graph(exported, place)
+            plan = plan_dla(exported, place, state.machine_of(place))
+            if plan is not None:
+                state.dla[place] = plan
     kit = _kit(state)
     if kit is not None and state.away is not None:
         _check_results(kit, state.away)
@@ -55,7 +60,9 @@ def _kit(state: RunState) -> Kit | None:
         images = reference(state.shop, state.model, state.evaluation, "for evaluation")
     size = state.card.preprocess.input_size
     recipe = state.recipe
-    return plan_kit(recipe.name, places, state.exports, images, recipe.bench, size)
+    on_dla = [(p.key, dla_line(dla_planned(state.dla[p]))) for p in places if p in state.dla]
+    notes = [f"`{key}`: {line}" for key, line in on_dla]
+    return plan_kit(recipe.name, places, state.exports, images, recipe.bench, size, notes)
 
 
 def leave_kit(state: RunState, out: Path) -> str:

@@ -79,8 +79,7 @@ def settle(recipe: Recipe, machine: ProbeRecord) -> tuple[Recipe, list[str]]:
         specs.append(spec.model_copy(update={"target": name}))
         if find_target(name).module is None:
             continue
-        facts = machine.runtimes.get("tensorrt")
-        version = facts.version if facts and machine.arch == find_target(name).arch else None
+        version = _version_there(name, machine)
         said += differences(name, machine)
         for precision in spec.precisions:
             options = _options(spec, precision)
@@ -116,7 +115,7 @@ def resolve(target: str, options: BuildOptions, version: str) -> Resolution:
         jetpack=release,
         dialect=dialect,
         opset=_opset(load_dialects()[dialect].opset_max, number),
-        dla=tuple(kind for kind in ("fp16", "int8") if _has_dla(target, kind, version)),
+        dla=_dla_precisions(target, version),
         trtexec=tuple(build_command(options, number, Path("model.onnx"), Path("engine.plan"))),
     )
 
@@ -129,6 +128,16 @@ def resolve_somewhere(target: str, options: BuildOptions) -> list[Resolution]:
     versions = list(dict.fromkeys(r.tensorrt for r in reversed(releases_of(target))))
     able = [v for v in versions if _fits(target, options, v)]
     return [resolve(target, options, version) for version in able or versions[:1]]
+
+
+def version_for(target: str, options: BuildOptions, machine: ProbeRecord) -> str:
+    """Return the version that builds for a target: the device's, else the newest that can."""
+    return _version_there(target, machine) or resolve_somewhere(target, options)[0].tensorrt
+
+
+def _version_there(target: str, machine: ProbeRecord) -> str | None:
+    facts = machine.runtimes.get("tensorrt")
+    return facts.version if facts and machine.arch == find_target(target).arch else None
 
 
 def releases_of(target: str) -> tuple[JetPack, ...]:
@@ -208,7 +217,7 @@ def fact_lines(target: str) -> Iterator[str]:
         yield (
             f"JetPack {release.jetpack}{how}: TensorRT {release.tensorrt}, L4T "
             f"{release.l4t or 'unknown'}, CUDA {release.cuda or 'unknown'}, Python "
-            f"{release.python} ({release.source})"
+            f"{release.python}{_dla_with(target, release.tensorrt)} ({release.source})"
         )
 
 
@@ -239,9 +248,19 @@ def _fits(target: str, options: BuildOptions, version: str) -> bool:
     return True
 
 
-def _has_dla(target: str, precision: Any, version: str) -> bool:
-    wanted = BuildOptions(precision=precision, dla_core=0, gpu_fallback=True)
-    return _fits(target, wanted, version)
+def _dla_precisions(target: str, version: str) -> tuple[str, ...]:
+    kinds: tuple[Precision, ...] = ("fp16", "int8")
+    on_dla = {kind: BuildOptions(kind, dla_core=0, gpu_fallback=True) for kind in kinds}
+    return tuple(kind for kind, options in on_dla.items() if _fits(target, options, version))
+
+
+def _dla_with(target: str, version: str) -> str:
+    """Say what a module's DLA computes in with a version; nothing where either is not known."""
+    if not find_target(target).integer("dla_cores") or not _fits(
+        target, BuildOptions("fp16"), version
+    ):
+        return ""
+    return f", DLA {' and '.join(_dla_precisions(target, version)) or 'none'}"
 
 
 def _nearest(target: str, options: BuildOptions, version: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgexception.ability import is_out_of_reach
 from edgexception.agent.manifest import FILE as MANIFEST
@@ -23,6 +24,9 @@ from edgexception.report.record import PruningEffect, PruningLatency, Report
 from edgexception.report.render import to_markdown
 from edgexception.targets import Form
 from edgexception.workshop import Workshop
+
+if TYPE_CHECKING:
+    from edgexception.export.dla import DlaPlan
 
 
 @dataclass
@@ -49,6 +53,8 @@ class RunState:
     parity: dict[tuple[Form, str | None], Artifact] = field(default_factory=dict)
     parity_from: str = ""
     parity_faults: dict[tuple[Form, str | None], EdgexError] = field(default_factory=dict)
+    dla: dict[Place, DlaPlan] = field(default_factory=dict)
+    """Of engines that are asked to run on a DLA."""
     engines: dict[Place, Artifact] = field(default_factory=dict)
     measured: dict[Place, Measured] = field(default_factory=dict)
     faults: dict[Place, EdgexError] = field(default_factory=dict)
@@ -109,6 +115,7 @@ def findings(state: RunState, *, judged: bool) -> Findings:
         parity_faults={key: str(error) for key, error in state.parity_faults.items()},
         places=state.places,
         exports=state.exports,
+        dla=state.dla,
         engines=state.engines,
         measured=state.measured,
         faults={place: str(error) for place, error in state.faults.items()},

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +296,16 @@ def known_flags(version: str) -> set[str]:
 
 
 def jetson(
-    world: Path, tmp_path: Path, name: str = "jetson", arch: str = "x86_64", **told: Any
+    world: Path,
+    tmp_path: Path,
+    name: str = "jetson",
+    arch: str = "x86_64",
+    precisions: Sequence[str] = ("fp32", "fp16", "int8-fp16"),
+    **told: Any,
 ) -> tuple[Result, Path]:
-    target = {"target": name, "runtimes": ["auto"], "precisions": ["fp32", "fp16", "int8-fp16"]}
+    target: dict[str, Any] = {
+        "target": name, "runtimes": ["auto"], "precisions": list(precisions),
+    }  # fmt: skip
     target |= {"tensorrt": told} if told else {}
     quantize = {"method": "ptq", "activations": "symmetric", **QUICK}
     recipe = sections(world, target, quantize=quantize)
@@ -356,6 +363,26 @@ def test_a_kit_says_which_version_cannot(world: Path, tmp_path: Path) -> None:
     assert "# not possible: target jetson-agx-orin-64gb: TensorRT 10.3.0 cannot do hardware" in old
     assert "\ntrtexec" not in old
     assert "\ntrtexec" in (kit / "commands/tensorrt-10.16.2.sh").read_text()
+
+
+def test_a_kit_for_a_dla_says_which_layers_run_on_it(world: Path, tmp_path: Path) -> None:
+    told = {"precisions": ["fp16", "int8-fp16"], "dla_core": 1, "gpu_fallback": True}
+    done, out = jetson(world, tmp_path, "jetson-agx-orin-64gb", **told)
+    assert done.code == 0, done.err
+    half, int8 = (row.dla for row in report_in(out).rows)
+    assert half is not None
+    assert int8 is not None
+    assert set(half.precisions) == {"fp16"}
+    assert set(int8.precisions) == {"fp16", "int8"}
+    assert half.gpu["avg_pool_mean"].startswith("it is a mean over all pixels")
+    assert (half.fell_back, half.taken) == (None, None), "nothing is built yet"
+    line = f"planned for the DLA: {half.on_dla} of {half.layers} layers ({half.on_dla} in fp16), "
+    assert line in done.out
+    for page in (out / "report.md", out / "away-jetson-agx-orin-64gb-kit/README.md"):
+        assert line in page.read_text().replace("\\", "")
+    commands = out / "away-jetson-agx-orin-64gb-kit/commands"
+    assert "--useDLACore=1" in (commands / "tensorrt-10.3.0.sh").read_text()
+    assert "cannot do DLA" in (commands / "tensorrt-10.16.2.sh").read_text()
 
 
 def test_an_arm_machine_that_is_no_jetson_makes_a_kit(world: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from edgexception.resolver import (
     resolve,
     resolve_somewhere,
     settle,
+    version_for,
 )
 from edgexception.targets import load_targets
 
@@ -235,6 +236,40 @@ def test_what_the_device_says_wins_and_the_difference_is_told() -> None:
         assert part in said
     assert differences("cpu-x86", other) == []
     assert differences("jetson-orin-nano-8gb", machine()) == [], "nothing was probed"
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("jetson-orin-nano-8gb", {}),
+        ("jetson-agx-thor", {}),
+        (
+            "jetson-orin-nx-16gb",
+            {"6.1": "fp16", "6.2": "fp16", "6.2.1": "fp16", "6.2.2": "fp16",
+             "7.2": "none"},
+        ),
+        (
+            "jetson-agx-orin-64gb",
+            {"6.1": "fp16", "6.2": "fp16", "6.2.1": "fp16", "6.2.2": "fp16",
+             "7.2": "none", "7.2.2": "fp16 and int8"},
+        ),
+    ],
+)  # fmt: skip
+def test_every_release_tells_what_a_dla_computes_in(target: str, told: dict[str, str]) -> None:
+    """A module without one says so once, and its releases say nothing of it."""
+    found = {}
+    for line in fact_lines(target):
+        if line.startswith("JetPack ") and ", DLA " in line:
+            found[line.split()[1].rstrip(":")] = line.split(", DLA ")[1].partition(" (")[0]
+    assert found == told
+
+
+def test_the_version_is_the_device_s_or_the_newest_that_can() -> None:
+    on_dla = BuildOptions("fp16", dla_core=0, gpu_fallback=True)
+    there = machine(KIT, 7.4, "10.3.0.30")
+    assert version_for("jetson-agx-orin-64gb", on_dla, there) == "10.3.0.30"
+    assert version_for("jetson-agx-orin-64gb", on_dla, machine()) == "11.4.1"
+    assert version_for("jetson-orin-nx-16gb", on_dla, machine()) == "10.3.0"
 
 
 def test_the_unknown_is_shown_as_unknown() -> None:

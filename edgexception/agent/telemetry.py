@@ -14,11 +14,13 @@ from pathlib import Path
 
 from edgexception.agent.jetson import Tegrastats
 from edgexception.agent.machine import read_text
+from edgexception.agent.nvml import Nvml
+from edgexception.agent.runtimes import cuda
 
 INTERVAL_NS = 250_000_000
 
 IDLE_S = 2.0
-"""Of the baseline of the power; tegrastats writes 8 lines in it."""
+"""Of the baseline of the power: 8 samples, and 8 lines of tegrastats."""
 
 _CPU = Path("/sys/devices/system/cpu")
 _THERMAL = Path("/sys/class/thermal")
@@ -30,13 +32,17 @@ _MHZ = re.compile(r"^cpu MHz\s*:\s*([0-9.]+)$", re.MULTILINE)
 
 
 class Telemetry:
-    """Samples of this machine, as plain data in `samples`, times in ns of the monotonic clock."""
+    """Samples of this machine, as plain data in `samples`, times in ns of the monotonic clock.
 
-    def __init__(self) -> None:
+    `gpu` tells that an NVIDIA GPU runs the engine, so that the driver is asked for it, too.
+    """
+
+    def __init__(self, *, gpu: bool = False) -> None:
         self.samples: list[dict[str, object]] = []
         self.phase = "open"
         """What the machine does now; every sample says it."""
         self._tegrastats = Tegrastats()
+        self._nvml = Nvml(cuda.pci_bus_id() if gpu and not self._tegrastats.running else None)
         cpus = sorted(os.sched_getaffinity(0))[:64]
         frequencies = [_CPU / f"cpu{cpu}/cpufreq/scaling_cur_freq" for cpu in cpus]
         self._frequencies = [path for path in frequencies if path.is_file()]
@@ -77,12 +83,13 @@ class Telemetry:
                 "involuntary_switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
                 "stolen_ticks": _stolen_ticks(),
                 "tegrastats": self._tegrastats.read(),
+                "nvml": self._nvml.read(),
             }
         )
 
     def rest(self) -> None:
         """Observe the machine while it does nothing, where its power is told; else return."""
-        if not self._tegrastats.running:
+        if not self._tegrastats.running and not self._nvml.running:
             return
         self.phase, end = "idle", time.monotonic() + IDLE_S
         while time.monotonic() < end:
@@ -92,6 +99,7 @@ class Telemetry:
     def close(self) -> None:
         """End what was started to observe."""
         self._tegrastats.close()
+        self._nvml.close()
 
     def _mhz(self) -> list[float]:
         """MHz per core this process may use; [] where the kernel does not say."""

@@ -159,7 +159,8 @@ def _rules(options: BuildOptions) -> tuple[Rule, ...]:
             ((FIRST, (10, 8)), ((11, 4, 1), AFTER)),
             "DLA",
             "10.7 is the last of version 10 that can, and 11.4.1 can on Jetson AGX Orin",
-            "Working with DLA, TensorRT 11.4.1",
+            # The two pages are of two versions: 11.4.0 has none on JetPack, 11.4.1 brings it back.
+            "Working with DLA, TensorRT 11.4.0 and 11.4.1",
         ),
         Rule(
             dla and options.precision.startswith("int8"),
@@ -167,6 +168,7 @@ def _rules(options: BuildOptions) -> tuple[Rule, ...]:
             "DLA with Q/DQ nodes",
             "11.4.1 is the first that can (on Jetson AGX Orin); until 10.7 the DLA has implicit "
             "quantization only, so there it runs fp16",
+            # 11 has no implicit quantization, and its list of DLA layers has INT8.
             "Strongly Typed Networks for DLA, 11.4.1; NVIDIA/TensorRT issue 2222; trtexec v10.7.0, "
             "which sets kFP16 or kINT8 for it",
         ),

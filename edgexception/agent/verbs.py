@@ -138,7 +138,7 @@ def run(request: Request, out: Path) -> None:
     files = ["telemetry.json"]
     with power.held(wanted), runtimes.blaming(f"{name} failed while it ran {engine.name}"):
         record["power_mode"] = jetson.power_mode()
-        telemetry = Telemetry()
+        telemetry = Telemetry(gpu=bool(runtime.version().get("gpus")))
         telemetry.sample()
         if times is not None:
             record["warmup_iterations"] = _time(session, images, times, telemetry, out)

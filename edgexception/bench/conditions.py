@@ -1,15 +1,18 @@
 """Under which conditions an engine was timed: clocks, temperatures, throttling, energy.
 
-From the samples that the agent takes between iterations and the lines of tegrastats among them, by
-their `phase`: "idle" (the engine is open and nothing runs), "warm-up", "timing".
+From the samples that the agent takes between iterations and what tegrastats or NVML tells in them,
+by their `phase`: "idle" (the engine is open and nothing runs), "warm-up", "timing".
 
 - A sample is *marked* where a counter of throttling has risen since the first sample (over-current
   events of a Jetson, thermal events of an x86 core), where a cooling device is more active than
-  while idle, or where the clock of what runs the engine is below CLOCK_DROP of its highest while it
-  was timed. A row with a marked sample in its timed part is throttled.
+  while idle, where the driver of a desktop GPU says that power or heat holds its clock down, or
+  where the clock of what runs the engine is below CLOCK_DROP of its highest while it was timed. A
+  row with a marked sample in its timed part is throttled.
 - Energy of an image = (power while timed - power while idle) x mean latency / batch. The power is
   that of the module's input where there is such a rail (VDD_IN of Orin Nano and NX), else the sum
   of the rails; the line of tegrastats that comes first in a phase began before it and is left out.
+  Of a desktop GPU it is that of the board. NVML's power is the mean of the last second on most GPUs
+  (nvml.h, nvmlDeviceGetPowerUsage), so the samples of the first second of a phase are left out.
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from edgexception.agent.nvml import THROTTLES
 from edgexception.bench.statistics import Times
 from edgexception.errors import BadArtifact
 
 CLOCK_DROP = 0.9
 WHOLE = ("VDD_IN", "POM_5V_IN")
 """Rails that feed all others: NVIDIA's Jetson Linux Developer Guide, power monitors."""
+BOARD = "GPU board"
+"""What NVML's power is of: the GPU and its memory, not the machine around them."""
+SETTLED_NS = 1_000_000_000
 
 
 class Line(BaseModel):
@@ -39,11 +46,24 @@ class Line(BaseModel):
     milliwatts: dict[str, int]
 
 
+class GpuState(BaseModel):
+    """What NVML tells of a desktop GPU, as far as it is judged; None is not told."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    gpu_mhz: int | None
+    celsius: int | None
+    milliwatts: int | None
+    reasons: list[str]
+    """Why the clock is not the highest: `agent.nvml.REASONS`."""
+
+
 class Sample(BaseModel):
     """One sample of the agent's telemetry, as far as it is judged."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
+    t_ns: int
     phase: str
     cpu_mhz: list[float]
     gpu_mhz: list[float]
@@ -51,12 +71,31 @@ class Sample(BaseModel):
     throttle: dict[str, int]
     """Counters by name; one that has risen since the first sample has throttled."""
     tegrastats: list[Line]
+    nvml: GpuState | None = None
 
     @property
     def gpu_clock(self) -> float | None:
         """The highest of the GPU's; None where none is told, as between two lines."""
+        if self.nvml is not None:
+            return self.nvml.gpu_mhz
         told = [clock for line in self.tegrastats for clock in line.gpu_mhz] or self.gpu_mhz
         return max(told, default=None)
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Sensors and their degrees Celsius."""
+        found = [self.celsius, *(line.celsius for line in self.tegrastats)]
+        if self.nvml is not None and self.nvml.celsius is not None:
+            found.append({"GPU": self.nvml.celsius})
+        return {name: max(c[name] for c in found if name in c) for c in found for name in c}
+
+    @property
+    def powers(self) -> list[dict[str, int]]:
+        """Rails in mW, of every line of tegrastats, or of the GPU's board."""
+        if self.nvml is not None:
+            told = self.nvml.milliwatts
+            return [] if told is None else [{BOARD: told}]
+        return [line.milliwatts for line in self.tegrastats]
 
     @property
     def core_clock(self) -> float | None:
@@ -127,13 +166,7 @@ def conditions(
         for samples, wanted in zip(rounds, timed, strict=True)
         for sample in wanted
     ]
-    heat = [
-        item
-        for samples in timed
-        for sample in samples
-        for celsius in (sample.celsius, *(line.celsius for line in sample.tegrastats))
-        for item in celsius.items()
-    ]
+    heat = [item for samples in timed for s in samples for item in s.temperatures.items()]
     return Conditions(
         samples=len(marks),
         marked=sum(bool(found) for found in marks),
@@ -149,6 +182,9 @@ def _marks(first: Sample, sample: Sample, clock: float | None, highest: float) -
     for name, count in sample.throttle.items():
         if count > first.throttle.get(name, count):
             yield f"{name} rose"
+    for reason in sample.nvml.reasons if sample.nvml else ():
+        if reason in THROTTLES:
+            yield f"the GPU is held by {reason}"
     if clock is not None and clock < CLOCK_DROP * highest:
         yield f"its clock fell below {CLOCK_DROP:.0%} of {highest:.0f} MHz"
 
@@ -167,10 +203,13 @@ def _energy(
 
 
 def _powers(rounds: Sequence[Sequence[Sample]], phase: str) -> list[dict[str, int]]:
-    """Return the rails in mW of every line of a phase but the first of each round."""
-    return [
-        line.milliwatts
-        for samples in rounds
-        for line in [x for s in samples if s.phase == phase for x in s.tegrastats][1:]
-        if line.milliwatts
-    ]
+    """Return the rails in mW of a phase in all rounds, without what tells of the time before it."""
+    found = []
+    for samples in rounds:
+        own = [sample for sample in samples if sample.phase == phase]
+        if any(sample.nvml for sample in own):
+            settled = [s for s in own if s.t_ns >= own[0].t_ns + SETTLED_NS]
+            found += [power for sample in settled for power in sample.powers]
+        else:
+            found += [power for sample in own for power in sample.powers][1:]
+    return [power for power in found if power]

@@ -47,19 +47,24 @@ def check_typed(path: Path, sm: int | None = None) -> None:
     `sm` is the GPU's compute capability times 10; None leaves out what only some GPUs refuse.
     Nothing outside the file is read.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError, ValueError) as error:
-        raise BadArtifact(f"{path}: cannot be read as ONNX ({error}); export it again") from error
-    if not model.graph.node:
-        raise BadArtifact(f"{path}: cannot be read as ONNX (it has no nodes); export it again")
-    found = faults(model, sm)
+    found = faults(read_graph(path), sm)
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise BadArtifact(
             f"{path.name}: TensorRT would not run it as it is written: "
             f"{'; '.join(found[:_SHOWN])}{more}"
         )
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file, and no other that it names; BadArtifact where that is none."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        raise BadArtifact(f"{path}: cannot be read as ONNX ({error}); export it again") from error
+    if not model.graph.node:
+        raise BadArtifact(f"{path}: cannot be read as ONNX (it has no nodes); export it again")
+    return model
 
 
 def faults(model: onnx.ModelProto, sm: int | None = None) -> list[str]:

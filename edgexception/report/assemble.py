@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from edgexception.calibration_size import too_few
 from edgexception.device import BuildRecord, ProbeRecord, Profile
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
+from edgexception.report.dla import dla_planned
 from edgexception.report.gates import judge
 from edgexception.report.network import Network
 from edgexception.report.record import (
@@ -52,6 +53,9 @@ from edgexception.report.record import (
     Types,
 )
 from edgexception.targets import Form, Precision, find_target, form_of, is_int8
+
+if TYPE_CHECKING:
+    from edgexception.export.dla import DlaPlan
 
 SQNR_FLOOR_DB = -200.0
 """What stands for minus infinity: the float network's logits are all zero, and others are not."""
@@ -130,6 +134,8 @@ class Findings:
     parity_faults: Mapping[tuple[Form, str | None], str]
     places: tuple[Place, ...]
     exports: Mapping[Form, Artifact]
+    dla: Mapping[Place, DlaPlan]
+    """Of engines that are asked to run on a DLA."""
     engines: Mapping[Place, Artifact]
     measured: Mapping[Place, Measured]
     faults: Mapping[Place, str]
@@ -262,6 +268,9 @@ def _row(found: Findings, place: Place) -> Row:
         facts = {"status": "built", "engine_bytes": record.engine_bytes, "layers": record.layers}
         facts |= {"executed": executed(record), "listing": _listing(record)}
         facts["onnx_bytes"] = found.exports[place.form].files["model.onnx"].bytes
+    if place in found.dla:
+        told = built and build_record(built).settings.get("not_on_dla")
+        facts["dla"] = dla_planned(found.dla[place], told)
     if measured.logits is not None or measured.rounds is not None:
         facts["status"] = "measured"
     if fault is not None:

@@ -173,6 +173,30 @@ class Listing(Record):
         return self.read_bytes + self.written_bytes
 
 
+class DlaPlanned(Record):
+    """Where an engine's layers go on a device with a DLA, by the vendor's rules: `export.dla`."""
+
+    layers: int
+    macs_share: float
+    """Of all multiply-accumulates, those of the layers that are planned for the DLA."""
+    precisions: dict[str, int]
+    """How many layers are planned for the DLA in "fp16" and "int8"."""
+    parts: int
+    """Into how many parts the GPU's layers cut what the DLA runs, at least."""
+    gpu: dict[str, str]
+    """Layers that are planned for the GPU, and why."""
+    fell_back: tuple[str, ...] | None = None
+    """Planned for the DLA, and the builder put them on the GPU; None: it does not tell, or nothing
+    is built yet."""
+    taken: tuple[str, ...] | None = None
+    """Planned for the GPU, and the builder took them for the DLA."""
+
+    @property
+    def on_dla(self) -> int:
+        """How many layers are planned for the DLA."""
+        return sum(self.precisions.values())
+
+
 class Machine(Record):
     """Where the run happened, as the device said of itself."""
 
@@ -208,6 +232,8 @@ class Row(Record):
     """Layers as the runtime executes them, with their counts."""
     executed: Executed | None = None
     listing: Listing | None = None
+    dla: DlaPlanned | None = None
+    """Of an engine that is asked to run on a DLA."""
     latency: Latency | None = None
     conditions: TimedUnder | None = None
     images_per_second: float | None = None

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgexception.agent.placement import WIDEST_FIRST
 from edgexception.prune.plan import LayerChange
+from edgexception.report.dla import dla_lines
 from edgexception.report.record import (
     Estimate,
     Exceptions,
@@ -73,6 +74,7 @@ def to_text(report: Report) -> str:
     for row in report.rows:
         if row.executed is not None and row.precision != "fp32":
             lines.append(f"{row_name(row):<36}{executed_line(row)}")
+    lines += dla_lines(report.rows)
     lines += listing_lines(report.rows)
     for parity in report.parity:
         name = f"{parity.form} on {parity.runtime}" if parity.runtime else parity.form
@@ -142,6 +144,7 @@ def to_markdown(report: Report) -> str:
         exception_lines=_exception_lines,
         executed_line=executed_line,
         listing_lines=listing_lines,
+        dla_lines=dla_lines,
         regret_lines=regret_lines,
         condition_lines=condition_lines,
         machine_line=machine_line,

@@ -53,6 +53,9 @@ class FakeDriver:
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> None:  # noqa: N802
         value._obj.value = self.capabilities[device.value][attribute - 75]
 
+    def _cuDeviceGetPCIBusId(self, text: Any, size: int, device: Any) -> None:  # noqa: N802
+        text.value = f"0000:0{device.value + 1}:00.0".encode()
+
     def _cuMemAlloc_v2(self, place: Any, size: Any) -> None:  # noqa: N802
         buffer = ctypes.create_string_buffer(size.value)
         place._obj.value = ctypes.addressof(buffer)
@@ -114,6 +117,13 @@ def test_without_driver_or_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(AgentError, match="no NVIDIA GPU here") as caught:
         cuda.first_gpu()
     assert caught.value.kind == "not-possible-here"
+
+
+def test_the_address_of_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeDriver((8, 9), (12, 0)))
+    assert cuda.pci_bus_id() == "0000:01:00.0"
+    use(monkeypatch, FakeDriver())
+    assert cuda.pci_bus_id() is None
 
 
 def test_bytes_go_up_and_come_down(monkeypatch: pytest.MonkeyPatch) -> None:

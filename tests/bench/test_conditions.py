@@ -106,6 +106,56 @@ def test_rails_that_are_told_in_one_phase_only_give_no_energy(tmp_path: Path) ->
     assert judged(tmp_path, idle).energy is None
 
 
+# --- a desktop GPU, as NVML tells of it -----------------------------------------------------------
+
+
+def gpu(
+    seconds: float, phase: str, watts: float | None = 70.0, *reasons: str, **changes: Any
+) -> Any:
+    milliwatts = None if watts is None else int(1000 * watts)
+    told = {"gpu_mhz": 2505, "memory_mhz": 10501, "celsius": 61, "milliwatts": milliwatts}
+    told |= {"reasons": list(reasons), **changes}
+    return sample(phase, nvml=told, t_ns=int(1e9 * seconds))
+
+
+def test_what_a_driver_holds_back_is_marked_and_what_a_user_set_is_not(tmp_path: Path) -> None:
+    found = judged(
+        tmp_path,
+        gpu(0, "open", 70, "power cap"),
+        gpu(1, "timing", 70, "application clocks", "display clocks"),
+        gpu(2, "timing", 70, "idle"),
+        gpu(3, "timing", 70, "power cap"),
+        gpu(4, "timing", 70, "software thermal slowdown", "power cap"),
+        gpu(5, "images", 70, "hardware slowdown"),
+    )
+    assert (found.samples, found.marked, found.throttled) == (4, 2, True)
+    assert found.reasons == (
+        "the GPU is held by power cap",
+        "the GPU is held by software thermal slowdown",
+    )
+    assert found.clock_mhz == (2505.0, 2505.0), "not that of the processor's cores"
+    assert found.hottest == ("GPU", 61)
+
+
+def test_a_gpu_s_clock_that_drops_is_marked(tmp_path: Path) -> None:
+    found = judged(tmp_path, gpu(1, "timing"), gpu(2, "timing", gpu_mhz=2200))
+    assert (found.marked, found.clock_mhz) == (1, (2200.0, 2505.0))
+
+
+def test_a_gpu_s_energy_is_its_board_s_after_a_second(tmp_path: Path) -> None:
+    """NVML's power is a mean of the last second: the first of a phase is of what was before."""
+    busy = [gpu(3, "timing", 40), gpu(3.9, "timing", 50), gpu(4, "timing", 110)]
+    idle = [gpu(1, "idle", 100), gpu(1.9, "idle", 60), gpu(2.1, "idle", 10)]
+    found = judged(tmp_path, *idle, *busy, batch=2)
+    assert found.energy is not None
+    assert found.energy.rails == ("GPU board",)
+    assert (found.energy.idle_watts, found.energy.busy_watts) == (10.0, 110.0)
+    assert found.energy.millijoules == pytest.approx(100 * 5 / 2)
+    assert judged(tmp_path, *idle, *busy[:2]).energy is None, "too short to tell"
+    silent = [gpu(1, "idle", None), gpu(3, "idle", None), gpu(5, "timing", None)]
+    assert judged(tmp_path, *silent, gpu(7, "timing", None)).energy is None
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[5]", '[{"phase": "timing"}]', "[NaN]"])
 def test_what_no_agent_writes_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "telemetry.json").write_text(text)

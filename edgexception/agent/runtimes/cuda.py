@@ -54,6 +54,21 @@ def first_gpu() -> dict[str, Any]:
     return found[0]
 
 
+def pci_bus_id() -> str | None:
+    """Return the PCI address of the driver's first GPU, "0000:01:00.0"; None without one.
+
+    NVML has an order of its own, so a GPU is known to both by its address alone.
+    """
+    try:
+        library = _start()
+    except _Absent:
+        return None
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    _call(library, "cuDeviceGet", ctypes.byref(device), 0)
+    _call(library, "cuDeviceGetPCIBusId", text, len(text), device)
+    return text.value.decode("ascii", "replace")
+
+
 class Memory:
     """Two buffers on the first GPU and a stream to copy and compute in."""
 
