@@ -38,13 +38,14 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
     inputs = {
         "exported": exported.digest,
         "dialect": place.dialect,
-        "batch": place.batch,
+        "batch": place.best_batch,
+        "batches": place.batches,
         "threads": place.threads,
         "sm": place.sm,
         "tensorrt": place.tensorrt_options,
         "machine": shop.identity(place.runtime),
     }
-    return shop.once("build", place.key, inputs, write)
+    return shop.once("build", place.engine_key, inputs, write)
 
 
 def check_graph(exported: Artifact, place: Place) -> None:
@@ -63,9 +64,9 @@ def ask_build(
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Let a device build one engine in a folder; return its record."""
-    more = {"sm": place.sm, "tensorrt": place.tensorrt_options}
+    more = {"sm": place.sm, "tensorrt": place.tensorrt_options, "batches": place.batches}
     return build_engine(
-        place.runtime, model, place.batch, place.threads, device, folder, progress, more
+        place.runtime, model, place.best_batch, place.threads, device, folder, progress, more
     )
 
 
@@ -88,6 +89,7 @@ def evaluate(
     inputs = {
         "engine": built.digest,
         "images": images.digest,
+        "batch": engine.batch,
         "threads": engine.threads,
         "machine": shop.identity(engine.runtime),
     }
@@ -155,6 +157,7 @@ def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Itera
     """
     batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
     for spec in recipe.targets:
+        bounds = (1, batches[0], max(batches)) if spec.dynamic_batch else None
         if kits and is_out_of_reach(spec.target, machine):
             threads = spec.threads or find_target(spec.target).integer("cpu_cores") or 1
         else:
@@ -165,7 +168,9 @@ def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Itera
             for precision in spec.precisions:
                 for batch in batches:
                     told = spec.tensorrt if runtime == "tensorrt" else None
-                    yield Place(spec.target, runtime, dialect, precision, batch, threads, told)
+                    yield Place(
+                        spec.target, runtime, dialect, precision, batch, threads, told, bounds
+                    )
 
 
 def check_target(spec: TargetSpec, machine: ProbeRecord) -> None:

@@ -316,8 +316,9 @@ def measure_command(
     times: Path,
     dla_core: int | None = None,
     profile: Path | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Return the arguments of trtexec that measure an engine.
+    """Return the arguments of trtexec that measure an engine, a dynamic one with images of `shape`.
 
     Version 11 turned CUDA graph and spin-wait on and transfers off, and the flags that ask for
     what is now the default are deprecated. Each version gets the flags of what is not its default,
@@ -344,6 +345,8 @@ def measure_command(
             "--includeDataTransfers": options.transfers,
         }
     arguments += [flag for flag, wanted in switches.items() if wanted]
+    if shape is not None:
+        arguments.append(f"--shapes=images:{'x'.join(map(str, shape))}")
     if dla_core is not None:
         arguments.append(f"--useDLACore={dla_core}")
     if profile is not None:

@@ -30,6 +30,7 @@ class Engine:
     path: Path
     """Its manifest lies beside it."""
     batch: int
+    """What it is run with."""
     threads: int
     tensorrt: dict[str, Any] | None = None
     """What TensorRT was told when it was built."""
@@ -47,7 +48,8 @@ def build_engine(
 ) -> dict[str, Any]:
     """Let the device build an engine of an ONNX file in the folder `out`; return its record.
 
-    `more` is for NVIDIA GPUs: `sm`, compute capability times 10, and `tensorrt`, its options.
+    `more` has the `batches` of a dynamic engine, least, best (`batch`) and greatest; for NVIDIA
+    GPUs `sm`, compute capability times 10, and `tensorrt`, its options.
     """
     request = {
         "runtime": runtime,
@@ -73,8 +75,8 @@ def measure_latency(
     does so for all; each round starts with another engine. The raw files, the telemetry and
     the record of each run stay in `work`/round-N-engine-M; after the last round's times each
     engine is run once more, for those of its kernels (`profile` of the record).
-    `spec.batch_sizes` is not looked at: an engine has one. `power` is what the agent changes and
-    puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
+    `spec.batch_sizes` is not looked at: an engine says its own. `power` is what the agent changes
+    and puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
 
     Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
     `engine` names the one it was.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from edgexception.agent.runtimes import (
     brief,
 )
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
-from edgexception.agent.runtimes.trt_family import fix_batch, open_session
+from edgexception.agent.runtimes.trt_family import open_session, profile_shapes, set_batch
 from edgexception.agent.tensorrt_options import (
     BuilderCalls,
     BuildOptions,
@@ -103,16 +104,18 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Build for the first GPU at a fixed batch; return what the engine says of its layers."""
-    gpu, number, wanted = first_gpu(), parse_version(trt.__version__), _build_options(options)
+    """Build for the first GPU; return what the engine says of its layers."""
+    gpu, number = first_gpu(), parse_version(trt.__version__)
     if options.sm not in (None, gpu["sm"]):
         raise AgentError(
             "not-possible-here",
             f"tensorrt builds for the GPU it runs on, {gpu['name']} (SM{gpu['sm']}); for "
             f"SM{options.sm} build on such a device",
         )
-    check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
     operators(model)
+    shapes = profile_shapes(model, options)
+    wanted = replace(_build_options(options), shapes=shapes)
+    check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
     log = _Log()
     with blaming(f"tensorrt cannot build {model.name}"):
         calls = builder_calls(wanted, number)
@@ -123,8 +126,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         parser = trt.OnnxParser(network, log)
         if not parser.parse(model.read_bytes()):
             raise AgentError("bad-artifact", f"tensorrt cannot read {model.name}: {log.why()}")
-        fix_batch(trt, network, options)
         config = builder.create_builder_config()
+        set_batch(trt, builder, network, config, options, shapes)
         apply(calls, config)
         # The builder keeps no reference to it.
         monitor = _Monitor()
