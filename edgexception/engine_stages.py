@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.ability import is_out_of_reach, why_not_built
-from edgexception.artifacts import Artifact
+from edgexception.agent.runtimes import TIMED, TIMING_CACHE
+from edgexception.artifacts import Artifact, atomic_write, canonical_json
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
-from edgexception.device import Device, ProbeRecord, Profile, Progress
+from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice
 from edgexception.errors import NotPossibleHere
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
@@ -26,14 +28,20 @@ from edgexception.workshop import Workshop, write_json
 def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
     """Build one engine on the device: the engine file and `build.json`.
 
-    What TensorRT would take and compute otherwise, or refuse late, is refused before.
+    What TensorRT would take and compute otherwise, or refuse late, is refused before. What it timed
+    is kept for later builds; it is no part of the key, since each build adds to it, and with it an
+    engine computes the same.
     """
 
     def write(folder: Path) -> None:
         check_graph(exported, place)
-        model = exported.file("model.onnx")
-        record = ask_build(place, model, shop.device, folder, shop.progress)
+        model, cache = exported.file("model.onnx"), timing_cache_of(shop, place)
+        known = cache if cache is not None and cache.is_file() else None
+        record = ask_build(place, model, shop.device, folder, shop.progress, known)
         write_json(folder / "build.json", record)
+        if cache is not None:
+            cache.parent.mkdir(exist_ok=True)
+            atomic_write(cache, (folder / TIMING_CACHE).read_bytes())
 
     inputs = {
         "exported": exported.digest,
@@ -46,6 +54,21 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
         "machine": shop.identity(place.runtime),
     }
     return shop.once("build", place.engine_key, inputs, write)
+
+
+def timing_cache_of(shop: Workshop, place: Place) -> Path | None:
+    """Return where the times of kernels are kept that fit this device; None where there are none.
+
+    Such times are those of one GPU, CUDA and version of TensorRT ("Optimizing Builder Performance",
+    TensorRT 10.16): here of one target on one device, whose whole identity is in the file's name. A
+    kit is no device that could be asked again.
+    """
+    if place.runtime not in TIMED or isinstance(shop.device, RecordedDevice):
+        return None
+    facts = shop.identity(place.runtime)
+    digest = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+    name = f"{place.target}-{place.runtime}-{facts['version']}-{digest[:16]}.cache"
+    return shop.store.root / ".timing" / name
 
 
 def check_graph(exported: Artifact, place: Place) -> None:
@@ -62,9 +85,15 @@ def ask_build(
     device: Device,
     folder: Path,
     progress: Callable[[Progress], None] | None = None,
+    timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Let a device build one engine in a folder; return its record."""
-    more = {"sm": place.sm, "tensorrt": place.tensorrt_options, "batches": place.batches}
+    more = {
+        "sm": place.sm,
+        "tensorrt": place.tensorrt_options,
+        "batches": place.batches,
+        "timing_cache": timing_cache,
+    }
     return build_engine(
         place.runtime, model, place.best_batch, place.threads, device, folder, progress, more
     )

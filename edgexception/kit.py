@@ -233,8 +233,10 @@ def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) 
     )
     model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.engine_key}.layers.json")
     times = Path(f"{place.key}.times.json")
+    # Named by the version: that it is one device, the kit's folder says.
+    cache = Path(f"tensorrt-{version}.cache")
     both = (
-        build_command(options, number, model, plan, layers=layers),
+        build_command(options, number, model, plan, cache, layers),
         measure_command(measure, number, plan, times, options.dla_core, shape=shape),
     )
     return [" ".join(("trtexec", *arguments)) for arguments in both]

@@ -4,7 +4,7 @@ An engine is opened only where its manifest says that it fits: the file is the o
 and this machine has what the engine was built for. A manifest is no signature: who can write both
 files can make them agree. What a hostile engine does then, it does to the agent's process alone.
 
-No runtime is given a timing cache from another build, so none is named.
+`settings` has what the runtime was told, and the sha256 of its timing cache as read and written.
 """
 
 from __future__ import annotations

@@ -281,7 +281,10 @@ def build_command(
     """Return the arguments of trtexec that build an engine and run nothing.
 
     Measured times of kernels are read from the file `timing_cache`, and kept there, where it is
-    named; `layers` is where the layers of the engine are written as JSON.
+    named. Its name must say what it is valid for: trtexec takes the times of another GPU, too
+    (setTimingCache with ignoreMismatch: NVIDIA/TensorRT, samples/utils/timingCache.cpp at v10.3.0,
+    shared/utils/cacheUtils.cpp from v10.13.3 on). `layers` is where the layers of the engine are
+    written as JSON.
     On a DLA of version 10 trtexec sets FP16 by itself where INT8 is not asked for.
     """
     dla = options.dla_core is not None

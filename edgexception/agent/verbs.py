@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgexception.agent import jetson, machine, manifest, power, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
+from edgexception.agent.remote import sha256_of
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
 
@@ -92,7 +94,8 @@ def build(request: Request, out: Path) -> None:
     name, options = _runtime(request)
     model = request.file("model")
     runtime = runtimes.load(name)
-    engine = out / runtimes.ENGINE_FILES[name]
+    engine, cache = out / runtimes.ENGINE_FILES[name], out / runtimes.TIMING_CACHE
+    read = _take_cache(request, name, cache)
     progress(f"build {name}", 0, 1, None)
     start = time.monotonic()
     facts = runtime.build(model, options, engine)
@@ -103,9 +106,24 @@ def build(request: Request, out: Path) -> None:
         "engine_bytes": engine.stat().st_size,
         "seconds": time.monotonic() - start,
     }
+    files = [engine.name, manifest.FILE]
+    if name in runtimes.TIMED:
+        digests = {"read_sha256": read, "written_sha256": sha256_of(cache)}
+        record["settings"] = {**facts["settings"], "timing_cache": digests}
+        files.append(cache.name)
     manifest.write(out, model, options, record, runtime.version())
     progress(f"build {name}", 1, 1, 0.0)
-    answer(out, record, (engine.name, manifest.FILE))
+    answer(out, record, tuple(files))
+
+
+def _take_cache(request: Request, runtime: str, cache: Path) -> str | None:
+    """Put the timing cache of an earlier build where this one's will be; return its sha256."""
+    if request.fields.get("timing_cache") is None:
+        return None
+    if runtime not in runtimes.TIMED:
+        raise AgentError("usage", f"request: {runtime} has no timing cache")
+    shutil.copyfile(request.file("timing_cache"), cache)
+    return sha256_of(cache)
 
 
 def run(request: Request, out: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.agent.manifest import FILE as MANIFEST
+from edgexception.agent.runtimes import TIMING_CACHE
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, Progress
 from edgexception.errors import BadArtifact, EdgexError, MeasurementInvalid, UsageError
@@ -49,16 +50,20 @@ def build_engine(
     """Let the device build an engine of an ONNX file in the folder `out`; return its record.
 
     `more` has the `batches` of a dynamic engine, least, best (`batch`) and greatest; for NVIDIA
-    GPUs `sm`, compute capability times 10, and `tensorrt`, its options.
+    GPUs `sm`, compute capability times 10, and `tensorrt`, its options; and `timing_cache`, the
+    path of what an earlier build left, valid for this device and version.
     """
+    files, asked = {"model.onnx": model}, dict(more or {})
+    if (cache := asked.pop("timing_cache", None)) is not None:
+        files[TIMING_CACHE], asked["timing_cache"] = cache, TIMING_CACHE
     request = {
         "runtime": runtime,
         "model": "model.onnx",
         "batch": batch,
         "threads": threads,
-        **(more or {}),
+        **asked,
     }
-    return device.call("build", request, {"model.onnx": model}, out, progress)
+    return device.call("build", request, files, out, progress)
 
 
 def measure_latency(

@@ -19,7 +19,7 @@ from test_cuda import FakeDriver, use
 from tiny_engine import tiny_model
 
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import MODULES, Options, cuda, load
+from edgexception.agent.runtimes import MODULES, TIMING_CACHE, Options, cuda, load
 from edgexception.agent.tensorrt_options import BuildOptions
 from edgexception.device import BuildRecord
 from edgexception.export.onnx_graph import to_onnx
@@ -153,6 +153,36 @@ def test_options_that_a_version_has_not_are_refused_before_the_builder(
     with pytest.raises(AgentError, match=r"10\.7 is the last of version 10"):
         tensorrt.build(model, told, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_was_timed_is_kept_and_read_by_the_next_build(
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, version)
+    cache = tmp_path / TIMING_CACHE
+    for count in (1, 2):
+        tensorrt.build(model, options(), tmp_path / "e")
+        first, *times = cache.read_text().splitlines()
+        assert first == f"times on TensorRT {version}"
+        assert len(times) == count
+        assert set(times) == {times[0]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"times on TensorRT 10.3.0\nx: 1 kernels", b"times on", b"\0\xff" * 40]
+)
+def test_times_of_another_device_and_broken_ones_are_refused(
+    content: bytes, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.13.3")
+    cache = tmp_path / TIMING_CACHE
+    cache.write_bytes(content)
+    with pytest.raises(AgentError, match=r"not one of TensorRT 10\.13\.3 on this GPU") as caught:
+        tensorrt.build(model, options(), tmp_path / "e")
+    assert caught.value.kind == "bad-artifact"
+    assert not (tmp_path / "e").exists()
+    assert cache.read_bytes() == content
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -40,6 +40,11 @@ ENGINE_FILES = {
     "tensorrt-rtx": "engine.rtx",
 }
 
+TIMING_CACHE = "timing.cache"
+"""What a build measured of kernels, beside the engine; one that is there before is read."""
+TIMED = ("tensorrt",)
+"""The runtimes that have one."""
+
 PACKAGES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
@@ -101,7 +106,10 @@ class Runtime(Protocol):
         ...
 
     def build(self, model: Path, options: Options, out: Path) -> dict[str, Any]:
-        """Compile an ONNX file into the engine file `out`; return what the runtime says of it."""
+        """Compile an ONNX file into the engine file `out`; return what the runtime says of it.
+
+        A runtime of `TIMED` leaves its `TIMING_CACHE` beside it.
+        """
         ...
 
     def open(self, engine: Path, options: Options) -> Session:
