@@ -3,6 +3,7 @@
     <root>/.lock                        held by the one process that uses the folder
     <root>/.partial/<random>/           what is being written; cleaned when the store is opened
     <root>/.unfinished/<stage>/<key>/   what a long stage goes on from when it was interrupted
+    <root>/.timing/<name>.cache         what TensorRT timed, for later builds (`engine_stages`)
     <root>/<stage>/<key>/manifest.json  written last, names every file with its size and sha256
     <root>/<stage>/<key>/...            the files, read-only
 

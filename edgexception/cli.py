@@ -116,7 +116,14 @@ _ENGINE: dict[str, Any] = _QUANTIZE | {
         "auto (default: float and INT8 side by side, FP16 where there is), fp32, fp16, int8 or "
         "int8-fp16; may be repeated.",
     ),
-    "batch": _option(str | None, "Batch sizes separated by commas. Default: 1."),
+    "batch": _option(
+        str | None, "Batch sizes separated by commas. Default: 1; with --dynamic 1,8."
+    ),
+    "dynamic": _option(
+        bool | None,
+        "One engine for all batches from 1 to the largest, best at the first, instead of one each.",
+        "--dynamic",
+    ),
     "threads": _option(int | None, "Threads of the runtime. Default: one a core."),
     "device": Device,
     "keep": Keep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.ability import is_out_of_reach, why_not_built
+from edgexception.agent.runtimes import TIMED, TIMING_CACHE
 from edgexception.agent.tensorrt_options import parse_version, read_options
-from edgexception.artifacts import Artifact
+from edgexception.artifacts import Artifact, atomic_write, canonical_json
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
-from edgexception.device import Device, ProbeRecord, Profile, Progress
+from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice
 from edgexception.errors import NotPossibleHere, UsageError
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec
 from edgexception.report.assemble import Place
@@ -31,25 +33,47 @@ if TYPE_CHECKING:
 def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
     """Build one engine on the device: the engine file and `build.json`.
 
-    What TensorRT would take and compute otherwise, or refuse late, is refused before.
+    What TensorRT would take and compute otherwise, or refuse late, is refused before. What it timed
+    is kept for later builds; it is no part of the key, since each build adds to it, and with it an
+    engine computes the same.
     """
 
     def write(folder: Path) -> None:
         check_graph(exported, place)
-        model = exported.file("model.onnx")
-        record = ask_build(place, model, shop.device, folder, shop.progress)
+        model, cache = exported.file("model.onnx"), timing_cache_of(shop, place)
+        known = cache if cache is not None and cache.is_file() else None
+        record = ask_build(place, model, shop.device, folder, shop.progress, known)
         write_json(folder / "build.json", record)
+        if cache is not None:
+            cache.parent.mkdir(exist_ok=True)
+            atomic_write(cache, (folder / TIMING_CACHE).read_bytes())
 
     inputs = {
         "exported": exported.digest,
         "dialect": place.dialect,
-        "batch": place.batch,
+        "batch": place.best_batch,
+        "batches": place.batches,
         "threads": place.threads,
         "sm": place.sm,
         "tensorrt": place.tensorrt_options,
         "machine": shop.identity(place.runtime),
     }
-    return shop.once("build", place.key, inputs, write)
+    return shop.once("build", place.engine_key, inputs, write)
+
+
+def timing_cache_of(shop: Workshop, place: Place) -> Path | None:
+    """Return where the times of kernels are kept that fit this device; None where there are none.
+
+    Such times are those of one GPU, CUDA and version of TensorRT ("Optimizing Builder Performance",
+    TensorRT 10.16): here of one target on one device, whose whole identity is in the file's name. A
+    kit is no device that could be asked again.
+    """
+    if place.runtime not in TIMED or isinstance(shop.device, RecordedDevice):
+        return None
+    facts = shop.identity(place.runtime)
+    digest = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+    name = f"{place.target}-{place.runtime}-{facts['version']}-{digest[:16]}.cache"
+    return shop.store.root / ".timing" / name
 
 
 def check_graph(exported: Artifact, place: Place) -> None:
@@ -93,11 +117,17 @@ def ask_build(
     device: Device,
     folder: Path,
     progress: Callable[[Progress], None] | None = None,
+    timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Let a device build one engine in a folder; return its record."""
-    more = {"sm": place.sm, "tensorrt": place.tensorrt_options}
+    more = {
+        "sm": place.sm,
+        "tensorrt": place.tensorrt_options,
+        "batches": place.batches,
+        "timing_cache": timing_cache,
+    }
     return build_engine(
-        place.runtime, model, place.batch, place.threads, device, folder, progress, more
+        place.runtime, model, place.best_batch, place.threads, device, folder, progress, more
     )
 
 
@@ -120,6 +150,7 @@ def evaluate(
     inputs = {
         "engine": built.digest,
         "images": images.digest,
+        "batch": engine.batch,
         "threads": engine.threads,
         "machine": shop.identity(engine.runtime),
     }
@@ -187,6 +218,7 @@ def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Itera
     """
     batches = recipe.bench.batch_sizes if recipe.bench else (recipe.export.batch or 1,)
     for spec in recipe.targets:
+        bounds = (1, batches[0], max(batches)) if spec.dynamic_batch else None
         if kits and is_out_of_reach(spec.target, machine):
             threads = spec.threads or find_target(spec.target).integer("cpu_cores") or 1
         else:
@@ -197,7 +229,9 @@ def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Itera
             for precision in spec.precisions:
                 for batch in batches:
                     told = spec.tensorrt if runtime == "tensorrt" else None
-                    yield Place(spec.target, runtime, dialect, precision, batch, threads, told)
+                    yield Place(
+                        spec.target, runtime, dialect, precision, batch, threads, told, bounds
+                    )
 
 
 def check_target(spec: TargetSpec, machine: ProbeRecord) -> None:

@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -169,23 +169,25 @@ def _calls(
     with tempfile.TemporaryDirectory(prefix="edgex-kit-") as work:
         folder = Path(work)
         planner.call("probe", {}, {}, folder)
+        made: dict[str, Path] = {}
         for place in places:
-            planner.label = f"build {place.key}"
-            made = Path(f"{len(planner.calls):03d}-build", ENGINE_FILES[place.runtime])
-            engines.append(engine_at(place, made))
-            model = files[f"models/{place.form.name}.onnx"]
-            ask_build(place, model, planner, folder)
+            if (key := place.engine_key) not in made:
+                planner.label = f"build {key}"
+                made[key] = Path(f"{len(planner.calls):03d}-build", ENGINE_FILES[place.runtime])
+                ask_build(place, files[f"models/{place.form.name}.onnx"], planner, folder)
+            engines.append(engine_at(place, made[key]))
         if "images.npy" in files:
             for engine in engines:
                 planner.label = f"images {engine.key}"
                 run_images(engine, files["images.npy"], planner, folder)
         if bench is not None:
-            keys = {str(engine.path): engine.key for engine in engines}
+            keys = {(str(engine.path), engine.batch): engine.key for engine in engines}
             first = len(planner.calls)
             measure_latency(engines, bench, planner, folder)
             for call in planner.calls[first:]:
-                (engine,) = (made for made in call["made"].values() if made in keys)
-                call["label"] = f"timing {keys[engine]}"
+                batch = call["request"]["batch"]
+                (key,) = (keys[p, batch] for p in call["made"].values() if (p, batch) in keys)
+                call["label"] = f"timing {key}"
     return planner.calls
 
 
@@ -204,11 +206,14 @@ def commands(
         f"# trtexec of TensorRT {version}, in the kit's folder. CUDA graph and spin-wait are off,",
         "# copies between host and device are in the times. `edgex` does not read these results.",
     ]
+    built: set[str] = set()
     for place in places:
         if place.runtime != "tensorrt":
             continue
         try:
-            lines += ["", f"# {place.key}", *_lines(place, version, size, bench or BenchSpec())]
+            both = _lines(place, version, size, bench or BenchSpec())
+            lines += ["", f"# {place.key}", *both[place.engine_key in built :]]
+            built.add(place.engine_key)
         except EdgexError as error:
             lines.append(f"# not possible: {error}")
     return "\n".join(lines) + "\n"
@@ -217,9 +222,11 @@ def commands(
 def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) -> list[str]:
     options = read_options(place.tensorrt_options) or BuildOptions(place.precision)
     resolve(place.target, options, version)
-    shape = (place.batch, *size, 3)
-    options = BuildOptions(**{**vars(options), "shapes": (shape, shape, shape)})
-    number, plan = parse_version(version), Path(f"{place.key}.plan")
+    batches = place.batches or (place.batch,) * 3
+    least, best, greatest = ((batch, *size, 3) for batch in batches)
+    options = replace(options, shapes=(least, best, greatest))
+    number, plan = parse_version(version), Path(f"{place.engine_key}.plan")
+    shape = None if place.batches is None else (place.batch, *size, 3)
     measure = MeasureOptions(
         warmup_ms=bench.warmup_ms,
         duration_s=max(1, -(-bench.duration_ms // 1000)),
@@ -228,11 +235,13 @@ def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) 
         spin_wait=False,
         transfers=True,
     )
-    model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.key}.layers.json")
+    model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.engine_key}.layers.json")
     times = Path(f"{place.key}.times.json")
+    # Named by the version: that it is one device, the kit's folder says.
+    cache = Path(f"tensorrt-{version}.cache")
     both = (
-        build_command(options, number, model, plan, layers=layers),
-        measure_command(measure, number, plan, times, options.dla_core),
+        build_command(options, number, model, plan, cache, layers),
+        measure_command(measure, number, plan, times, options.dla_core, shape=shape),
     )
     return [" ".join(("trtexec", *arguments)) for arguments in both]
 
@@ -288,10 +297,11 @@ def readme(kit: Kit) -> str:
     target, calls = find_target(kit.target), content["calls"]
     builds = [call for call in calls if call["verb"] == "build"]
     timed = [call["request"]["timing"] for call in calls if call["request"].get("timing")]
+    engines = {call["label"] for call in calls if call["request"].get("timing")}
     measured = ["the logits of `images.npy`"] if "images.npy" in content["files"] else []
     if timed:
         measured.append(
-            f"{len(timed) // len(builds)} rounds of latency ({timed[0]['warmup_ms']} ms warm-up, "
+            f"{len(timed) // len(engines)} rounds of latency ({timed[0]['warmup_ms']} ms warm-up, "
             f"{timed[0]['duration_ms']} ms each)"
         )
     page = resources.files("edgexception").joinpath("kit_readme.md").read_text(encoding="utf-8")

@@ -44,10 +44,21 @@ def build_all(state: RunState) -> None:
                 "no engine exists yet: it is built on its device, with the kit beside this report"
             )
         elif place not in state.faults:
-            with fault_noted(state.faults, place):
-                shop = state.shop_of(place) or state.shop
-                state.engines[place] = build(shop, state.exports[place.form], place)
-                check_placement(build_record(state.engines[place]), place.key)
+            _build_one(state, place)
+
+
+def _build_one(state: RunState, place: Place) -> None:
+    """Build the engine of a place, unless another place shares it and was first."""
+    first = next(p for p in state.places if p.engine_key == place.engine_key)
+    if first in state.faults:
+        state.faults[place] = state.faults[first]
+    elif first in state.engines:
+        state.engines[place] = state.engines[first]
+    else:
+        with fault_noted(state.faults, place):
+            shop = state.shop_of(place) or state.shop
+            state.engines[place] = build(shop, state.exports[place.form], place)
+            check_placement(build_record(state.engines[place]), place.engine_key)
 
 
 def _kit(state: RunState) -> Kit | None:

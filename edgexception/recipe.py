@@ -229,6 +229,9 @@ class TargetSpec(Spec):
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32", "int8")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the runtime; None is one per physical core the process may use."""
+    dynamic_batch: bool = False
+    """One engine takes every batch from 1 to the largest of `bench.batch_sizes`, and is best at the
+    first of them. False: each of them has an engine of its own."""
     tensorrt: TensorRtSpec | None = None
 
     @property

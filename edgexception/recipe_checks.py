@@ -327,6 +327,23 @@ def _batch_is_measured(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def _dynamic_batch_has_bounds(recipe: Recipe) -> Iterator[Fault]:
+    for index, spec in enumerate(recipe.targets):
+        path: KeyPath = ("targets", index, "dynamic_batch")
+        if not spec.dynamic_batch:
+            continue
+        if max(recipe.bench.batch_sizes if recipe.bench else (1,)) == 1:
+            yield Fault(
+                path,
+                "is for batches from 1 to the largest of `bench.batch_sizes`, and none is above 1; "
+                "write `bench: {batch_sizes: [1, 8]}`, or remove it",
+            )
+        if recipe.export.batch is not None:
+            yield Fault(path, "needs an open batch; remove `export.batch`, which fixes it")
+        if spec.tensorrt is not None and spec.tensorrt.dla_core is not None:
+            yield Fault(path, "is not for a DLA, which takes one batch; remove it, or `dla_core`")
+
+
 _GATES_WITHOUT_IMAGES = ("speedup_min", "executed_int8_share_min")
 
 
@@ -386,6 +403,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("quantize export", _exports_are_quantized),
     ("calibration targets export", _half_has_what_it_needs),
     ("export bench", _batch_is_measured),
+    ("targets export bench", _dynamic_batch_has_bounds),
     ("gates bench evaluation targets", _gates_are_measured),
 )
 """Every rule with the sections it reads."""

@@ -151,7 +151,8 @@ def publish(out: Path, state: RunState, report: Report) -> None:
             continue
         built = state.engines[place]
         engine = engine_of(place, built)
-        for name in (place.key, place.fastest_key) if row.fastest else (place.key,):
+        own = place.engine_key
+        for name in (own, place.fastest_key) if row.fastest else (own,):
             links[f"engines/{name}{engine.path.suffix}"] = engine.path
             links[f"engines/{name}.json"] = built.file(MANIFEST)
             links[f"engines/{name}.build.json"] = built.file("build.json")

@@ -37,8 +37,12 @@ _NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
 
 _DEPENDENT = {
     "calibration": ("images", "crops", "activations", "ranges", "weight_bits", "dialect"),
-    "target": ("runtime", "batch", "threads"),
+    "target": ("runtime", "batch", "dynamic", "threads"),
 }
+
+
+DYNAMIC_BATCHES = "1,8"
+"""What `--dynamic` is without `--batch`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Flags:
     runtime: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     batch: str | None = None
+    dynamic: bool | None = None
     threads: int | None = None
 
 
@@ -193,7 +198,7 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
         )
     if flags.evaluation is not None:
         sections["evaluation"] = {"source": _labelled(flags.evaluation)}
-    batches = _batches(flags.batch)
+    batches = _batches(flags.batch or (DYNAMIC_BATCHES if flags.dynamic else None))
     if flags.dialect:
         sections["export"] = _set(
             {"dialects": flags.dialect, "precisions": flags.precision or None}
@@ -206,6 +211,7 @@ def _sections(source: Path, flags: Flags, last: str) -> dict[str, Any]:
                     "runtimes": flags.runtime or AUTO,
                     "precisions": _precisions(flags),
                     "threads": flags.threads,
+                    "dynamic_batch": flags.dynamic,
                 }
             )
         ]

@@ -128,8 +128,13 @@ class _Context:
 
     profiler: Any = None
 
-    def __init__(self, layers: str) -> None:
+    def __init__(self, layers: str, batches: tuple[int, int, int] | None) -> None:
         self.names = [layer["Name"] for layer in json.loads(layers)["Layers"]]
+        self.batches = batches
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert (name, self.batches is None) == ("images", False)
+        return self.batches is not None and self.batches[0] <= shape[0] <= self.batches[2]
 
     def set_tensor_address(self, name: str, address: int) -> None:
         assert name in ("images", "logits")
@@ -141,18 +146,60 @@ class _Context:
         return True
 
 
-def stand_in_for_tensorrt(version: str, layers: str) -> ModuleType:
+class _TimingCache:
+    """Times of kernels that are valid for one device: a line that names it, a line each."""
+
+    def __init__(self, device: str, known: bytes) -> None:
+        lines = known.decode("utf-8", "replace").splitlines()
+        fits = bool(lines) and lines[0].startswith("times on ")
+        self.lines = lines if fits else [f"times on {device}"]
+
+    def serialize(self) -> bytes:
+        return "\n".join(self.lines).encode()
+
+
+class _Config:
+    """A builder's configuration of TensorRT-RTX, with the timing cache that only TensorRT has.
+
+    As TensorRT does it makes an empty cache of what it cannot read, and does not attach one of
+    another device.
+    """
+
+    cache: _TimingCache
+
+    def __init__(self, own: Any, device: str) -> None:
+        vars(self).update(own=own, device=device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["own"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.own, name, value)
+
+    def create_timing_cache(self, known: bytes) -> _TimingCache:
+        return _TimingCache(self.device, known)
+
+    def set_timing_cache(self, cache: _TimingCache, ignore_mismatch: bool) -> bool:
+        vars(self)["cache"] = cache
+        return ignore_mismatch or cache.lines[0] == f"times on {self.device}"
+
+
+def stand_in_for_tensorrt(
+    version: str, layers: str, batches: tuple[int, int, int] | None = None
+) -> ModuleType:
     """A `tensorrt` package of a version, as far as it can be had here: TensorRT-RTX's.
 
     Both are one API under two names, so parser, network, builder and its configuration are the real
-    ones of TensorRT-RTX. Two things are not: TensorRT-RTX is told a compute capability (TensorRT
-    builds for the GPU it runs on), and, since no GPU is here, what was built is not opened: the
-    engine's inspector answers the text `layers`, its runtime the number of the DLA core, and a call
-    computes nothing: it tells the profiler a time of each layer, the n-th takes n us.
+    ones of TensorRT-RTX. Three things are not: the timing cache; TensorRT-RTX is told a compute
+    capability (TensorRT builds for the GPU it runs on); and, since no GPU is here, what was built
+    is not opened: the engine's inspector answers the text `layers`, its runtime the number of the
+    DLA core, and a call computes nothing: it tells the profiler a time of each layer, the n-th
+    takes n us. An opened engine is of batch 3, or dynamic with the bounds `batches`.
     """
     import tensorrt_rtx_bindings as rtx  # noqa: PLC0415 - not every machine has it
 
     module = ModuleType("tensorrt")
+    size = 3 if batches is None else -1
     vars(module).update({name: value for name, value in vars(rtx).items() if name[0] != "_"})
 
     class Builder(rtx.Builder):  # type: ignore[misc,name-defined]
@@ -162,8 +209,12 @@ def stand_in_for_tensorrt(version: str, layers: str) -> ModuleType:
             config = super().create_builder_config()
             config.num_compute_capabilities = 1
             config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
-            module.config = config  # type: ignore[attr-defined]
-            return config
+            module.config = _Config(config, f"TensorRT {version}")  # type: ignore[attr-defined]
+            return module.config
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            config.cache.lines.append(f"{network.name}: {network.num_layers} kernels")
+            return super().build_serialized_network(network, config.own)
 
     class Runtime:
         def __init__(self, log: object) -> None:
@@ -174,11 +225,12 @@ def stand_in_for_tensorrt(version: str, layers: str) -> ModuleType:
             inspector = SimpleNamespace(get_engine_information=lambda _: layers)
             return SimpleNamespace(
                 create_engine_inspector=lambda: inspector,
-                create_execution_context=lambda: _Context(layers),
+                create_execution_context=lambda: _Context(layers, batches),
                 num_io_tensors=2,
                 get_tensor_name=("images", "logits").__getitem__,
                 get_tensor_dtype={"images": rtx.uint8, "logits": rtx.float32}.get,
-                get_tensor_shape={"images": (3, 40, 40, 3), "logits": (3, 5)}.get,
+                get_tensor_shape={"images": (size, 40, 40, 3), "logits": (size, 5)}.get,
+                get_tensor_profile_shape=lambda *_: [(n, 40, 40, 3) for n in batches or ()],
                 get_tensor_mode={
                     "images": rtx.TensorIOMode.INPUT,
                     "logits": rtx.TensorIOMode.OUTPUT,

@@ -87,10 +87,17 @@ def test_every_fact_makes_another_engine(machine: ProbeRecord) -> None:
                 {"threads": 1},
                 {"target": "jetson-agx-thor"},
                 {"precision": "int8"},
+                {"batches": (1, 1, 8)},
+                {"batches": (1, 1, 4)},
             )
         ),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_every_batch_of_a_dynamic_engine_has_the_same_engine(machine: ProbeRecord) -> None:
+    places = [replace(PLACE, batch=batch, batches=(1, 2, 8)) for batch in (2, 1, 8)]
+    assert len({key(machine, place=place) for place in places}) == 1
 
 
 def test_every_option_makes_another_engine_and_is_one_that_the_agent_knows(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,8 @@ from edgexception.bench.protocol import measure_latency, run_images
 from edgexception.device import RecordedDevice
 from edgexception.engine_stages import ask_build, engine_at
 from edgexception.errors import UsageError
-from edgexception.kit import plan_kit, write_kit
-from edgexception.recipe import BenchSpec
+from edgexception.kit import COMMAND_VERSIONS, commands, plan_kit, write_kit
+from edgexception.recipe import BenchSpec, TensorRtSpec
 from edgexception.report.assemble import Place
 from edgexception.targets import Form
 
@@ -75,3 +78,40 @@ def test_a_kit_is_for_one_device(tiny_onnx: Path) -> None:
     places = [PLACE, Place("cpu-aarch64", "onnxruntime", "onnxruntime", "fp32", 1, 1)]
     with pytest.raises(UsageError, match="out of reach: cpu-aarch64, cpu-x86; choose one"):
         plan_kit("tiny", places, exports, None, None, (SIDE, SIDE))
+
+
+def test_a_dynamic_engine_is_built_once_and_measured_at_each_batch(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    exports = {Form("fp32"): artifact(tiny_onnx, "model.onnx")}
+    places = [replace(PLACE, batch=batch, batches=(1, 1, 4)) for batch in (1, 4)]
+    kit = plan_kit("tiny", places, exports, None, BENCH, (SIDE, SIDE))
+    calls = json.loads(kit.content)["calls"]
+    name = "cpu-x86-onnxruntime-fp32"
+    assert [call["label"] for call in calls] == [
+        "probe",
+        f"build {name}-b1-4",
+        *(f"timing {name}-b{batch}-of-1-4" for batch in (1, 4, 4, 1)),
+    ]
+    assert calls[1]["request"]["batches"] == [1, 1, 4]
+    assert [call["request"]["batch"] for call in calls[2:]] == [1, 4, 4, 1]
+    assert len({json.dumps(call["made"]) for call in calls[2:]}) == 1
+    (tmp_path / "work").mkdir()
+    write_kit(kit, tmp_path / "kit", tmp_path / "work")
+    assert "2 rounds of latency" in (tmp_path / "kit/README.md").read_text()
+
+
+@pytest.mark.parametrize("version", COMMAND_VERSIONS)
+def test_trtexec_builds_a_dynamic_engine_once(version: str) -> None:
+    place = Place("jetson-agx-orin-64gb", "tensorrt", "tensorrt", "fp16", 1, 1, TensorRtSpec())
+    places = [replace(place, batch=batch, batches=(1, 4, 8)) for batch in (4, 1, 8)]
+    lines = [x for x in commands(places, version, (71, 71), BENCH).splitlines() if x[0:1] == "t"]
+    build, *measured = map(shlex.split, lines)
+    shapes = ("minShapes=images:1x", "optShapes=images:4x", "maxShapes=images:8x")
+    assert {f"--{shape}71x71x3" for shape in shapes} <= set(build)
+    assert [x for line in measured for x in line if x.startswith("--shapes")] == [
+        f"--shapes=images:{batch}x71x71x3" for batch in (4, 1, 8)
+    ]
+    plan = "jetson-agx-orin-64gb-tensorrt-fp16-b1-8.plan"
+    assert f"--saveEngine={plan}" in build
+    assert all(f"--loadEngine={plan}" in line for line in measured)

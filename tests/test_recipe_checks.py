@@ -9,8 +9,17 @@ from recipe_texts import GOOD, edited, faults, write
 
 from edgexception import recipe_checks, targets
 from edgexception.errors import UsageError
-from edgexception.recipe import BenchSpec, CheckpointModel, PtqSpec, QatSpec, Recipe
+from edgexception.recipe import (
+    BenchSpec,
+    CheckpointModel,
+    PtqSpec,
+    QatSpec,
+    Recipe,
+    TargetSpec,
+    TensorRtSpec,
+)
 from edgexception.recipe_checks import check_recipe, dialects_of
+from edgexception.recipe_data import CalibrationSpec, DigitsSource
 from edgexception.recipe_file import load_recipe
 
 
@@ -59,6 +68,13 @@ from edgexception.recipe_file import load_recipe
         ("  classes:", "  preprocess: {resize: stretch, crop_fraction: 0.9}\n  classes:", 5,
          "model.preprocess.crop_fraction", "has no effect"),
         ("bench:", "export: {batch: 4}\nbench:", 15, "export.batch", "`bench.batch_sizes: [4]`"),
+        ("    runtimes: [onnxruntime, openvino]\nbench: {batch_sizes: [1, 8]}",
+         "    runtimes: [openvino]\n    dynamic_batch: true\nbench: {batch_sizes: [1]}", 15,
+         "targets[0].dynamic_batch", "none is above 1; write `bench: {batch_sizes: [1, 8]}`"),
+        ("    runtimes: [onnxruntime, openvino]\nbench: {batch_sizes: [1, 8]}",
+         "    runtimes: [openvino]\n    dynamic_batch: true\nexport: {batch: 8}\n"
+         "bench: {batch_sizes: [8]}", 15,
+         "targets[0].dynamic_batch", "remove `export.batch`, which fixes it"),
         ("bench:", "export: {dialects: [tensorrt]}\nbench:", 15,
          "export.dialects[0]", "`quantize.activations: symmetric`"),
         ("bench:", "export: {dialects: [openvino, openvino]}\nbench:", 15,
@@ -224,3 +240,28 @@ def test_a_recipe_of_a_command_line_is_checked_too() -> None:
     assert [line.split(": ")[0] for line in str(error.value).split("\n")] == [
         "quantize", "bench.batch_sizes[1]", "bench",
     ]  # fmt: skip
+
+
+def test_a_dla_takes_one_batch() -> None:
+    dla = TensorRtSpec(dla_core=0, gpu_fallback=True)
+    target = TargetSpec(
+        target="jetson-agx-orin-64gb",
+        runtimes=("tensorrt",),
+        precisions=("fp16",),
+        dynamic_batch=True,
+        tensorrt=dla,
+    )
+    recipe = Recipe(
+        name="dla",
+        model=CheckpointModel(kind="checkpoint", path=Path("net.keras")),
+        calibration=CalibrationSpec(source=DigitsSource(kind="digits", split="train")),
+        targets=(target,),
+        bench=BenchSpec(batch_sizes=(1, 8)),
+    )
+    with pytest.raises(UsageError, match=r"targets\[0\]\.dynamic_batch: is not for a DLA"):
+        check_recipe(recipe)
+    check_recipe(
+        recipe.model_copy(
+            update={"bench": None, "targets": (target.model_copy(update={"dynamic_batch": False}),)}
+        )
+    )

@@ -201,6 +201,7 @@ targets:
 - target: cpu-x86
   runtimes: [openvino]
   precisions: [fp32]
+  dynamic_batch: false
 bench:
   batch_sizes: [1]
   warmup_ms: 500

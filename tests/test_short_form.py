@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgexception.agent.verbs import MAX_BATCH
+from edgexception.agent.runtimes import MAX_BATCH
 from edgexception.errors import UsageError
 from edgexception.recipe import CheckpointModel
 from edgexception.short_form import Flags, recipe_of
@@ -141,3 +141,16 @@ def test_batches_that_no_agent_builds_are_refused_at_once(batch: str, message: s
     bench = recipe_of(Path("net.keras"), flags, "build").bench
     assert bench is not None
     assert bench.batch_sizes == (1, MAX_BATCH)
+
+
+def test_a_dynamic_engine_is_for_the_batches_that_are_named_or_for_1_to_8() -> None:
+    for batch, sizes in ((None, (1, 8)), ("4,1,16", (4, 1, 16))):
+        flags = Flags(target="cpu-x86", dynamic=True, batch=batch)
+        recipe = recipe_of(Path("net.keras"), flags, "build")
+        assert recipe.bench is not None
+        assert recipe.bench.batch_sizes == sizes
+        assert recipe.targets[0].dynamic_batch
+    with pytest.raises(UsageError, match=r"dynamic_batch: .* none is above 1"):
+        recipe_of(Path("net.keras"), Flags(target="cpu-x86", dynamic=True, batch="1"), "build")
+    with pytest.raises(UsageError, match="--dynamic has no effect without --target"):
+        recipe_of(Path("net.keras"), Flags(dynamic=True), "export")

@@ -22,7 +22,16 @@ INTERRUPTED = 130
 # Per verb, the fields its request may have.
 FIELDS = {
     "probe": ("power",),
-    "build": ("runtime", "model", "batch", "threads", "sm", "tensorrt"),
+    "build": (
+        "runtime",
+        "model",
+        "batch",
+        "batches",
+        "threads",
+        "sm",
+        "tensorrt",
+        "timing_cache",
+    ),
     "run": (
         "runtime",
         "engine",

@@ -4,7 +4,7 @@ An engine is opened only where its manifest says that it fits: the file is the o
 and this machine has what the engine was built for. A manifest is no signature: who can write both
 files can make them agree. What a hostile engine does then, it does to the agent's process alone.
 
-No runtime is given a timing cache from another build, so none is named.
+`settings` has what the runtime was told, and the sha256 of its timing cache as read and written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from edgexception.agent import machine
 from edgexception.agent.protocol import AgentError, write_json
-from edgexception.agent.runtimes import Options
+from edgexception.agent.runtimes import Batches, Options, is_batches
 
 FILE = "engine.json"
 _FORMAT = 1
@@ -61,8 +61,11 @@ def write(
     write_json(folder / FILE, content)
 
 
-def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> None:
-    """Raise an AgentError unless an engine is the one of its manifest and fits this machine."""
+def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> Batches | None:
+    """Raise an AgentError unless an engine is the one of its manifest and fits this machine.
+
+    Returns the bounds of a dynamic engine's batch (`Options.batches`), None for a fixed one.
+    """
     found = _read(path)
     if found["runtime"] != runtime:
         raise AgentError(
@@ -89,6 +92,8 @@ def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> None
             f"{engine.name} was not built for this machine: {'; '.join(wrong)}. Build it here with "
             "`edgex build-engine`",
         )
+    batches: list[int] | None = found["options"]["batches"]
+    return None if batches is None else (batches[0], batches[1], batches[2])
 
 
 def _has(facts: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +159,12 @@ def _read(path: Path) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             found = json.loads(path.read_bytes())
     fits = isinstance(found, dict) and found.get("format") == _FORMAT and set(found) == _KEYS
-    if not fits or not isinstance(found["needs"], dict) or not isinstance(found["allows"], list):
+    kinds = {"needs": dict, "allows": list, "options": dict}
+    if (
+        not fits
+        or not all(isinstance(found[name], kind) for name, kind in kinds.items())
+        or not is_batches(found["options"].get("batches", ()))
+    ):
         raise AgentError(
             "bad-artifact",
             f"{path.name} is no manifest of an engine as this version writes it: build the engine "

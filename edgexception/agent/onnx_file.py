@@ -38,6 +38,9 @@ _CHILDREN: dict[str, dict[int, str]] = {
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 _NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
 _MODEL_GRAPH, _MODEL_METADATA, _GRAPH_NODE = 7, 14, 1
+_INPUT_SHAPE = (11, 2, 1, 2)
+"""The way to it: Graph.input, ValueInfo.type, Type.tensor_type, Tensor.shape."""
+_SHAPE_DIMENSION, _DIMENSION_SIZE = 1, 1
 _MAX_DEPTH = 40
 
 
@@ -81,6 +84,29 @@ def main_graph(path: Path) -> tuple[dict[str, str], list[Node]]:
                 messages = [m for n, m in _fields(value) if n == _GRAPH_NODE]
                 nodes += [_node(message) for message in messages if not isinstance(message, int)]
     return metadata, nodes
+
+
+def input_sizes(path: Path) -> tuple[int | None, ...]:
+    """Return the sizes of a model's one input; None is an open one.
+
+    Raises a bad-artifact AgentError for a model that has none or several.
+    """
+    with _content(path) as content:
+        found = [content]
+        for number in (_MODEL_GRAPH, *_INPUT_SHAPE):
+            found = [child for message in found for child in _children(message, number)]
+        if len(found) != 1:
+            raise AgentError("bad-artifact", f"{path.name} has {len(found)} inputs; it must have 1")
+        return tuple(
+            next((v for n, v in _fields(d) if n == _DIMENSION_SIZE and isinstance(v, int)), None)
+            for d in _children(found[0], _SHAPE_DIMENSION)
+        )
+
+
+def _children(message: memoryview, wanted: int) -> list[memoryview]:
+    """Return the messages in one field of a message."""
+    found = [value for number, value in _fields(message) if number == wanted]
+    return [value for value in found if not isinstance(value, int)]
 
 
 @contextmanager

@@ -283,7 +283,10 @@ def build_command(
     """Return the arguments of trtexec that build an engine and run nothing.
 
     Measured times of kernels are read from the file `timing_cache`, and kept there, where it is
-    named; `layers` is where the layers of the engine are written as JSON.
+    named. Its name must say what it is valid for: trtexec takes the times of another GPU, too
+    (setTimingCache with ignoreMismatch: NVIDIA/TensorRT, samples/utils/timingCache.cpp at v10.3.0,
+    shared/utils/cacheUtils.cpp from v10.13.3 on). `layers` is where the layers of the engine are
+    written as JSON.
     On a DLA of version 10 trtexec sets FP16 by itself where INT8 is not asked for.
     """
     dla = options.dla_core is not None
@@ -318,8 +321,9 @@ def measure_command(
     times: Path,
     dla_core: int | None = None,
     profile: Path | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> list[str]:
-    """Return the arguments of trtexec that measure an engine.
+    """Return the arguments of trtexec that measure an engine, a dynamic one with images of `shape`.
 
     Version 11 turned CUDA graph and spin-wait on and transfers off, and the flags that ask for
     what is now the default are deprecated. Each version gets the flags of what is not its default,
@@ -346,6 +350,8 @@ def measure_command(
             "--includeDataTransfers": options.transfers,
         }
     arguments += [flag for flag, wanted in switches.items() if wanted]
+    if shape is not None:
+        arguments.append(f"--shapes=images:{'x'.join(map(str, shape))}")
     if dla_core is not None:
         arguments.append(f"--useDLACore={dla_core}")
     if profile is not None:

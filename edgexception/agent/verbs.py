@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 
 from edgexception.agent import jetson, machine, manifest, power, runtimes, timing
 from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
+from edgexception.agent.remote import sha256_of
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
 
-MAX_BATCH = 4096
 MAX_THREADS = 1024
 MAX_PROFILE = 1_000_000
 PROBE_TIMEOUT_S = 60
@@ -93,7 +94,8 @@ def build(request: Request, out: Path) -> None:
     name, options = _runtime(request)
     model = request.file("model")
     runtime = runtimes.load(name)
-    engine = out / runtimes.ENGINE_FILES[name]
+    engine, cache = out / runtimes.ENGINE_FILES[name], out / runtimes.TIMING_CACHE
+    read = _take_cache(request, name, cache)
     progress(f"build {name}", 0, 1, None)
     start = time.monotonic()
     facts = runtime.build(model, options, engine)
@@ -104,9 +106,24 @@ def build(request: Request, out: Path) -> None:
         "engine_bytes": engine.stat().st_size,
         "seconds": time.monotonic() - start,
     }
+    files = [engine.name, manifest.FILE]
+    if name in runtimes.TIMED:
+        digests = {"read_sha256": read, "written_sha256": sha256_of(cache)}
+        record["settings"] = {**facts["settings"], "timing_cache": digests}
+        files.append(cache.name)
     manifest.write(out, model, options, record, runtime.version())
     progress(f"build {name}", 1, 1, 0.0)
-    answer(out, record, (engine.name, manifest.FILE))
+    answer(out, record, tuple(files))
+
+
+def _take_cache(request: Request, runtime: str, cache: Path) -> str | None:
+    """Put the timing cache of an earlier build where this one's will be; return its sha256."""
+    if request.fields.get("timing_cache") is None:
+        return None
+    if runtime not in runtimes.TIMED:
+        raise AgentError("usage", f"request: {runtime} has no timing cache")
+    shutil.copyfile(request.file("timing_cache"), cache)
+    return sha256_of(cache)
 
 
 def run(request: Request, out: Path) -> None:
@@ -122,7 +139,14 @@ def run(request: Request, out: Path) -> None:
     start = time.monotonic()
     runtime = runtimes.load(name)
     imported = time.monotonic()
-    manifest.check(described, engine, name, runtime.version())
+    batches = manifest.check(described, engine, name, runtime.version())
+    options = replace(options, batches=batches)
+    if batches is not None and not batches[0] <= options.batch <= batches[2]:
+        raise AgentError(
+            "usage",
+            f"{engine.name} takes batches of {batches[0]} to {batches[2]}, the request says "
+            f"{options.batch}: build an engine for it",
+        )
     checked = time.monotonic()
     session = runtime.open(engine, options)
     opened = time.monotonic()
@@ -274,8 +298,10 @@ class Ticker:
 
 def _runtime(request: Request) -> tuple[str, runtimes.Options]:
     name = request.choice("runtime", tuple(runtimes.MODULES))
+    batch = request.integer("batch", 1, runtimes.MAX_BATCH)
     options = runtimes.Options(
-        batch=request.integer("batch", 1, MAX_BATCH),
+        batch=batch,
+        batches=_batches(request, batch),
         threads=request.integer("threads", 1, MAX_THREADS),
         sm=None if request.fields.get("sm") is None else request.integer("sm", 10, 999),
         tensorrt=read_options(request.fields.get("tensorrt")),
@@ -283,10 +309,23 @@ def _runtime(request: Request) -> tuple[str, runtimes.Options]:
     return name, options
 
 
+def _batches(request: Request, best: int) -> runtimes.Batches | None:
+    """Return the bounds of a dynamic engine's batch, which is built best for `batch`."""
+    value = request.fields.get("batches")
+    if not runtimes.is_batches(value) or (value is not None and value[1] != best):
+        raise AgentError(
+            "usage",
+            f"request: batches is {value!r}; it must be null or [least, {best}, greatest], in "
+            f"order, at most {runtimes.MAX_BATCH}",
+        )
+    return None if value is None else (value[0], value[1], value[2])
+
+
 def _common(name: str, runtime: runtimes.Runtime, options: runtimes.Options) -> dict[str, Any]:
     return {
         "runtime": name,
         "versions": {name: runtime.version()["version"], "numpy": np.__version__},
         "batch": options.batch,
+        "batches": options.batches,
         "threads": options.threads,
     }

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.agent.manifest import FILE as MANIFEST
+from edgexception.agent.runtimes import TIMING_CACHE
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, Progress
 from edgexception.errors import BadArtifact, EdgexError, MeasurementInvalid, UsageError
@@ -30,6 +31,7 @@ class Engine:
     path: Path
     """Its manifest lies beside it."""
     batch: int
+    """What it is run with."""
     threads: int
     tensorrt: dict[str, Any] | None = None
     """What TensorRT was told when it was built."""
@@ -47,16 +49,21 @@ def build_engine(
 ) -> dict[str, Any]:
     """Let the device build an engine of an ONNX file in the folder `out`; return its record.
 
-    `more` is for NVIDIA GPUs: `sm`, compute capability times 10, and `tensorrt`, its options.
+    `more` has the `batches` of a dynamic engine, least, best (`batch`) and greatest; for NVIDIA
+    GPUs `sm`, compute capability times 10, and `tensorrt`, its options; and `timing_cache`, the
+    path of what an earlier build left, valid for this device and version.
     """
+    files, asked = {"model.onnx": model}, dict(more or {})
+    if (cache := asked.pop("timing_cache", None)) is not None:
+        files[TIMING_CACHE], asked["timing_cache"] = cache, TIMING_CACHE
     request = {
         "runtime": runtime,
         "model": "model.onnx",
         "batch": batch,
         "threads": threads,
-        **(more or {}),
+        **asked,
     }
-    return device.call("build", request, {"model.onnx": model}, out, progress)
+    return device.call("build", request, files, out, progress)
 
 
 def measure_latency(
@@ -73,8 +80,8 @@ def measure_latency(
     does so for all; each round starts with another engine. The raw files, the telemetry and
     the record of each run stay in `work`/round-N-engine-M; after the last round's times each
     engine is run once more, for those of its kernels (`profile` of the record).
-    `spec.batch_sizes` is not looked at: an engine has one. `power` is what the agent changes and
-    puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
+    `spec.batch_sizes` is not looked at: an engine says its own. `power` is what the agent changes
+    and puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
 
     Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
     `engine` names the one it was.

@@ -115,6 +115,9 @@ class EngineRecord(Facts):
     runtime: str
     versions: dict[str, str]
     batch: int
+    """Of a dynamic engine that is built: the one that it is best for."""
+    batches: list[int] | None = None
+    """Least, best and greatest batch of a dynamic engine; None is `batch` alone."""
     threads: int
     settings: dict[str, Any]
     """What the runtime was told or says of itself."""

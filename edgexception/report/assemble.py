@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgexception import __version__
 from edgexception.ability import is_out_of_reach
+from edgexception.agent.runtimes import Batches
 from edgexception.artifacts import Artifact
 from edgexception.bench.accuracy import accuracy, fidelity
 from edgexception.bench.conditions import Conditions
@@ -72,6 +73,8 @@ class Place:
     batch: int
     threads: int
     tensorrt: TensorRtSpec | None = None
+    batches: Batches | None = None
+    """Least, best and greatest batch of a dynamic engine, which each of its batches shares."""
 
     @property
     def tensorrt_options(self) -> dict[str, Any] | None:
@@ -85,8 +88,22 @@ class Place:
 
     @property
     def key(self) -> str:
-        """The engine's name in reports, and of its file."""
-        return f"{self.target}-{self.runtime}-{self.precision}-b{self.batch}"
+        """The name of the engine at this batch in reports."""
+        shared = "" if self.batches is None else f"-of-{self.batches[0]}-{self.batches[2]}"
+        return f"{self.target}-{self.runtime}-{self.precision}-b{self.batch}{shared}"
+
+    @property
+    def engine_key(self) -> str:
+        """The name of the engine's file."""
+        if self.batches is None:
+            return self.key
+        least, _, greatest = self.batches
+        return f"{self.target}-{self.runtime}-{self.precision}-b{least}-{greatest}"
+
+    @property
+    def best_batch(self) -> int:
+        """The batch that the engine is built for; a dynamic one takes others, too."""
+        return self.batch if self.batches is None else self.batches[1]
 
     @property
     def fastest_key(self) -> str:
@@ -266,7 +283,9 @@ def _row(found: Findings, place: Place) -> Row:
     if built is not None:
         record = build_record(built)
         facts = {"status": "built", "engine_bytes": record.engine_bytes, "layers": record.layers}
-        facts |= {"executed": executed(record), "listing": _listing(record)}
+        # A listing is of one batch.
+        listing = _listing(record) if place.batch == place.best_batch else None
+        facts |= {"executed": executed(record), "listing": listing}
         facts["onnx_bytes"] = found.exports[place.form].files["model.onnx"].bytes
     if place in found.dla:
         told = built and build_record(built).settings.get("not_on_dla")
@@ -292,6 +311,7 @@ def _row(found: Findings, place: Place) -> Row:
         runtime_version=version_there,
         precision=place.precision,
         batch=place.batch,
+        batches=place.batches,
         threads=place.threads,
         **facts,
     )

@@ -220,6 +220,9 @@ class Row(Record):
     runtime_version: str | None
     precision: str
     batch: int
+    batches: tuple[int, int, int] | None = None
+    """Least, best and greatest batch of a dynamic engine, which is one for all of them; None is an
+    engine for `batch` alone."""
     threads: int
     machine: Machine | None = None
     """Where a kit built and measured it; None is the report's machine."""
@@ -253,6 +256,13 @@ class Row(Record):
     """Of a quantized network with labelled photos."""
     fidelity: Fidelity | None = None
     """Against the float network in torch, on the evaluation photos and their crops."""
+
+    @property
+    def batch_text(self) -> str:
+        """The batch size, of a dynamic engine with its range: "8 of 1-8"."""
+        if self.batches is None:
+            return str(self.batch)
+        return f"{self.batch} of {self.batches[0]}-{self.batches[2]}"
 
 
 class Parity(Record):
@@ -458,4 +468,4 @@ class Report(Record):
 
 def row_name(row: Row) -> str:
     """Return how messages name a row: "cpu-x86 openvino int8 b1"."""
-    return f"{row.target} {row.runtime} {row.precision} b{row.batch}"
+    return f"{row.target} {row.runtime} {row.precision} b{row.batch_text}"

@@ -69,7 +69,9 @@ def test_it_says_what_the_engine_was_built_from_and_with(
         assert content[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert content["runtime"] == runtime
     sm = 89 if runtime == "tensorrt-rtx" else None
-    assert content["options"] == {"batch": 1, "threads": 1, "sm": sm, "tensorrt": None}
+    assert content["options"] == {
+        "batch": 1, "batches": None, "threads": 1, "sm": sm, "tensorrt": None,
+    }  # fmt: skip
     assert content["needs"]["version"] == content["versions"][runtime]
     assert set(content["needs"]) == (
         {"version", "sm"} if runtime == "tensorrt-rtx" else {"version", "arch", "flags"}
@@ -97,6 +99,8 @@ def processor(content: dict[str, Any]) -> None:
         (lambda c: c.update(runtime="tflite"), BadArtifact, "is an engine of tflite, not of"),
         (lambda c: c.update(needs=[]), BadArtifact, "is no manifest"),
         (lambda c: c.update(allows=None), BadArtifact, "is no manifest"),
+        (lambda c: c["options"].pop("batches"), BadArtifact, "is no manifest"),
+        (lambda c: c["options"].update(batches=[8, 8, 1]), BadArtifact, "is no manifest"),
         (lambda c: c.update(format=2), BadArtifact, "is no manifest"),
         (lambda c: c.pop("layers"), BadArtifact, "is no manifest"),
         (lambda c: c.clear(), BadArtifact, "is no manifest"),

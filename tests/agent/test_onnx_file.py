@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tiny_engine import tiny_model
+from tiny_engine import SIDE, tiny_model
 
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import input_sizes, operators
 from edgexception.agent.protocol import AgentError
 
 CONTENT = tiny_model().SerializeToString()
@@ -121,3 +121,25 @@ def test_a_truncated_model_never_gains_operators(tmp_path: Path, size: int) -> N
         assert sum(operators(path).values()) == 4
     else:
         assert fault.startswith("bad-artifact: m.onnx ")
+
+
+@pytest.mark.parametrize(("batch", "first"), [("batch", None), (4, 4)])
+def test_the_sizes_of_the_input(batch: str | int, first: int | None, tmp_path: Path) -> None:
+    model = tiny_model(batch)
+    path = written(tmp_path / "m.onnx", model.SerializeToString())
+    assert input_sizes(path) == (first, SIDE, SIDE, 3)
+    model.graph.input.append(model.graph.input[0])
+    with pytest.raises(AgentError, match="has 2 inputs"):
+        input_sizes(written(tmp_path / "m.onnx", model.SerializeToString()))
+
+
+@QUICK
+@given(at=st.integers(0, len(CONTENT) - 1), byte=st.integers(0, 255))
+def test_any_byte_changed_gives_sizes_or_a_refusal(tmp_path: Path, at: int, byte: int) -> None:
+    content = CONTENT[:at] + bytes([byte]) + CONTENT[at + 1 :]
+    try:
+        found = input_sizes(written(tmp_path / "m.onnx", content))
+    except AgentError as error:
+        assert error.kind == "bad-artifact"  # noqa: PT017 - either end is right
+    else:
+        assert all(size is None or type(size) is int for size in found)

@@ -92,6 +92,19 @@ def test_single_nodes_elsewhere_are_named(monkeypatch: pytest.MonkeyPatch, tiny_
     )
 
 
+def test_tensorrt_is_told_the_bounds_of_an_open_batch(tiny_onnx: Path) -> None:
+    """Else its provider builds an engine again for each new size."""
+    dynamic = Options(batch=2, threads=1, batches=(1, 2, 8))
+    tensorrt = Adapter("onnxruntime-tensorrt", ort_gpu.TENSORRT)
+    assert tensorrt._profile(tiny_onnx, dynamic) == {
+        "trt_profile_min_shapes": "images:1x12x12x3",
+        "trt_profile_opt_shapes": "images:2x12x12x3",
+        "trt_profile_max_shapes": "images:8x12x12x3",
+    }
+    assert tensorrt._profile(tiny_onnx, OPTIONS) == {}
+    assert Adapter("x", "CPUExecutionProvider")._profile(tiny_onnx, dynamic) == {}
+
+
 @pytest.mark.usefixtures("gpu")
 def test_an_onnxruntime_that_does_not_tell_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_onnx: Path

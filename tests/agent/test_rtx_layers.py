@@ -34,7 +34,7 @@ LISTING = START + (
 
 
 def test_a_recorded_listing() -> None:
-    kernels = read_kernels(LISTING)
+    kernels = read_kernels(LISTING, 1)
     assert kernels is not None
     assert [kernel["kind"] for kernel in kernels] == ["correlation", "kgen"]
     assert kernels[0]["layers"] == ["block2_sepconv1_depthwise", "block2_sepconv1_act_dq"]
@@ -49,11 +49,29 @@ def test_a_recorded_listing() -> None:
     assert found["constant_bytes"] == 288 + 32
 
 
+def test_an_open_batch_is_counted_as_the_one_that_is_asked_for() -> None:
+    """Sizes that are computed at each call have a line that is no kernel."""
+    computed = (
+        "Name: __mye2391_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], "
+        "TacticName: , StreamId: 0, Metadata: \n"
+    )
+    text = LISTING.replace(START, START + computed)
+    for first in ("[1,32,17,17]", "[1,8,17,17]", "[1,40,40,3]", "[1,3,40,40]"):
+        text = text.replace(first, first.replace("[1,", "[-1,"))
+    fixed, opened = read_kernels(LISTING, 1), read_kernels(text, 3)
+    assert fixed is not None
+    assert opened is not None
+    for a, b in zip(fixed, opened, strict=True):
+        assert b["constant"] == a["constant"]
+        for name in ("read", "written"):
+            assert b[name] == [{**tensor, "bytes": 3 * tensor["bytes"]} for tensor in a[name]]
+
+
 @given(cut=st.integers(0, len(LISTING)), junk=st.text(max_size=20))
 def test_anything_else_is_understood_wholly_or_not_at_all(cut: int, junk: str) -> None:
-    whole: Any = read_kernels(LISTING)
+    whole: Any = read_kernels(LISTING, 1)
     for text in (LISTING[:cut], LISTING[:cut] + junk + LISTING[cut:], junk, START + junk):
-        kernels = read_kernels(text)
+        kernels = read_kernels(text, 1)
         assert kernels is None or 0 < len(kernels) <= len(whole) + 1
         if kernels is not None:
             assert sum(counts(kernels).values()) == len(kernels)
@@ -61,7 +79,7 @@ def test_anything_else_is_understood_wholly_or_not_at_all(cut: int, junk: str) -
 
 
 def test_a_type_that_is_not_known_is_not_guessed() -> None:
-    assert read_kernels(LISTING.replace("Datatype: Half", "Datatype: FP4")) is None
-    assert read_kernels(LISTING.replace(", StreamId: 0", "")) is None
-    assert read_kernels(START) is None
-    assert read_kernels("") is None
+    assert read_kernels(LISTING.replace("Datatype: Half", "Datatype: FP4"), 1) is None
+    assert read_kernels(LISTING.replace(", StreamId: 0", ""), 1) is None
+    assert read_kernels(START, 1) is None
+    assert read_kernels("", 1) is None

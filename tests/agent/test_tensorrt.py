@@ -19,7 +19,7 @@ from test_cuda import FakeDriver, use
 from tiny_engine import tiny_model
 
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import MODULES, Options, cuda, load
+from edgexception.agent.runtimes import MODULES, TIMING_CACHE, Options, cuda, load
 from edgexception.agent.tensorrt_options import BuildOptions
 from edgexception.device import BuildRecord
 from edgexception.export.onnx_graph import to_onnx
@@ -64,9 +64,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def adapter(monkeypatch: pytest.MonkeyPatch, version: str) -> tuple[Any, ModuleType]:
+def adapter(
+    monkeypatch: pytest.MonkeyPatch, version: str, batches: tuple[int, int, int] | None = None
+) -> tuple[Any, ModuleType]:
     """Import the adapter with the stand-in of a version, on an Orin, for this test alone."""
-    package = stand_in_for_tensorrt(version, layer_information(version))
+    package = stand_in_for_tensorrt(version, layer_information(version), batches)
     monkeypatch.setitem(sys.modules, "tensorrt", package)
     monkeypatch.setattr(cuda, "gpus", lambda: [ORIN])
     spec = importlib.util.find_spec(MODULES["tensorrt"])
@@ -151,6 +153,89 @@ def test_options_that_a_version_has_not_are_refused_before_the_builder(
     with pytest.raises(AgentError, match=r"10\.7 is the last of version 10"):
         tensorrt.build(model, told, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_was_timed_is_kept_and_read_by_the_next_build(
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, version)
+    cache = tmp_path / TIMING_CACHE
+    for count in (1, 2):
+        tensorrt.build(model, options(), tmp_path / "e")
+        first, *times = cache.read_text().splitlines()
+        assert first == f"times on TensorRT {version}"
+        assert len(times) == count
+        assert set(times) == {times[0]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"times on TensorRT 10.3.0\nx: 1 kernels", b"times on", b"\0\xff" * 40]
+)
+def test_times_of_another_device_and_broken_ones_are_refused(
+    content: bytes, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.13.3")
+    cache = tmp_path / TIMING_CACHE
+    cache.write_bytes(content)
+    with pytest.raises(AgentError, match=r"not one of TensorRT 10\.13\.3 on this GPU") as caught:
+        tensorrt.build(model, options(), tmp_path / "e")
+    assert caught.value.kind == "bad-artifact"
+    assert not (tmp_path / "e").exists()
+    assert cache.read_bytes() == content
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_dynamic_engine_has_a_profile(
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, package = adapter(monkeypatch, version)
+    shapes = []
+    add = package.Builder.create_optimization_profile
+
+    def noted(builder: Any) -> Any:
+        profile = add(builder)
+        shapes.append(profile)
+        return profile
+
+    monkeypatch.setattr(package.Builder, "create_optimization_profile", noted)
+    asked = Options(batch=2, threads=1, batches=(1, 2, 8))
+    tensorrt.build(model, asked, tmp_path / "e")
+    assert package.config.num_optimization_profiles == 1
+    (profile,) = shapes
+    assert [tuple(shape) for shape in profile.get_shape("images")] == [
+        (batch, *SIZE, 3) for batch in (1, 2, 8)
+    ]
+
+
+def test_a_dynamic_engine_is_run_within_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.13.3", batches=(1, 2, 8))
+    use(monkeypatch, FakeDriver((8, 7)))
+    engine = tmp_path / "engine.plan"
+    engine.write_bytes(b"x" * 2000)
+    for batch in (1, 8):
+        session = tensorrt.open(engine, Options(batch, 1, batches=(1, 2, 8)))
+        assert session.shape == (batch, *SIZE, 3)
+        assert session.call(np.zeros(session.shape, np.uint8)).shape == (batch, 5)
+    for asked, says in (
+        (Options(9, 1, batches=(1, 2, 8)), "takes no images"),
+        (Options(1, 1, batches=(1, 1, 8)), r"takes batches of \(1, 2, 8\)"),
+        (Options(1, 1), "all sizes fixed"),
+    ):
+        with pytest.raises(AgentError, match=says):
+            tensorrt.open(engine, asked)
+
+
+def test_a_dynamic_engine_is_not_for_a_dla(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, package = adapter(monkeypatch, "10.3.0")
+    package.Builder = None  # whoever starts it fails
+    told = BuildOptions("fp16", dla_core=0, gpu_fallback=True)
+    with pytest.raises(AgentError, match="build one engine per batch size"):
+        tensorrt.build(model, Options(1, 1, None, told, (1, 1, 8)), tmp_path / "e")
 
 
 def test_a_dla_core_that_is_not_there_is_refused(

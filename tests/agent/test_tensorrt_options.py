@@ -88,15 +88,16 @@ def accepted(build: BuildOptions, version: tuple[int, ...]) -> bool:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@given(build=BUILDS, measure=MEASURES)
+@given(build=BUILDS, measure=MEASURES, shape=st.none() | st.just(SHAPES[0]))
 def test_every_flag_is_one_that_this_trtexec_reads(
-    version: str, build: BuildOptions, measure: MeasureOptions
+    version: str, build: BuildOptions, measure: MeasureOptions, shape: tuple[int, ...] | None
 ) -> None:
     number, flags = parse_version(version), known_flags(VERSIONS[version][0])
     if not accepted(build, number):
         return
     built = build_command(build, number, MODEL, ENGINE, Path("cache"), Path("layers.json"))
-    measured = measure_command(measure, number, ENGINE, TIMES, build.dla_core, Path("profile.json"))
+    profile = Path("profile.json")
+    measured = measure_command(measure, number, ENGINE, TIMES, build.dla_core, profile, shape)
     assert names(built) | names(measured) <= flags
     assert len(names(built)) == len(built)
     assert len(names(measured)) == len(measured)

@@ -2,7 +2,8 @@
 
 An adapter is a module with three functions, `Runtime` below, and a fourth where the runtime tells
 the times of its kernels, `Profiler`. Every model and engine has the same contract: input `images`,
-uint8 (batch, height, width, 3); output `logits`, float32 (batch, classes); a fixed batch.
+uint8 (batch, height, width, 3); output `logits`, float32 (batch, classes). The batch is fixed, or
+open within the bounds that its build was told (`Options.batches`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ ENGINE_FILES = {
     "tensorrt-rtx": "engine.rtx",
 }
 
+TIMING_CACHE = "timing.cache"
+"""What a build measured of kernels, beside the engine; one that is there before is read."""
+TIMED = ("tensorrt",)
+"""The runtimes that have one."""
+
 PACKAGES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cuda": "onnxruntime-gpu",
@@ -51,6 +57,11 @@ PACKAGES = {
 _SOURCE_PLACE = re.compile(r"(Exception from|failed at) \S+?:\d+:\s*")
 
 
+MAX_BATCH = 4096
+Batches = tuple[int, int, int]
+"""Least, best and greatest batch of a dynamic engine."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What a build and an open must agree on."""
@@ -61,6 +72,16 @@ class Options:
     """Compute capability times 10 of the NVIDIA GPU to build for; None for other runtimes."""
     tensorrt: BuildOptions | None = None
     """What TensorRT is told; None is what it does by itself."""
+    batches: Batches | None = None
+    """Of a dynamic engine; None is `batch` alone."""
+
+
+def is_batches(value: object) -> bool:
+    """Whether a value from a file is None, or what `Batches` is as a list."""
+    if value is None:
+        return True
+    whole = isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
+    return whole and 1 <= value[0] <= value[1] <= value[2] <= MAX_BATCH  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,10 @@ class Runtime(Protocol):
         ...
 
     def build(self, model: Path, options: Options, out: Path) -> dict[str, Any]:
-        """Compile an ONNX file into the engine file `out`; return what the runtime says of it."""
+        """Compile an ONNX file into the engine file `out`; return what the runtime says of it.
+
+        A runtime of `TIMED` leaves its `TIMING_CACHE` beside it.
+        """
         ...
 
     def open(self, engine: Path, options: Options) -> Session:
@@ -162,12 +186,19 @@ def check_contract(
 ) -> tuple[tuple[int, int, int, int], int]:
     """Return image shape and classes of an engine given as (name, type, shape) of its ends.
 
-    Raises a bad-artifact AgentError when it breaks the contract of this module's docstring.
+    That of a dynamic engine is the batch of `options`. Raises a bad-artifact AgentError when it
+    breaks the contract of this module's docstring.
     """
     found = f"it has inputs {list(inputs)} and outputs {list(outputs)}"
     if len(inputs) != 1 or len(outputs) != 1:
         raise AgentError("bad-artifact", f"the engine must have one input and one output; {found}")
     (image_name, image_type, shape), (logit_name, logit_type, out) = inputs[0], outputs[0]
+    if options.batches is not None:
+        if not all(side and _is_open(side[0]) for side in (shape, out)):
+            raise AgentError(
+                "bad-artifact", f"the engine was to be of an open batch and is not; {found}"
+            )
+        shape, out = (options.batch, *shape[1:]), (options.batch, *out[1:])
     sizes = [size for size in (*shape, *out) if isinstance(size, int) and size > 0]
     fits = (
         (image_name, image_type, logit_name, logit_type) == ("images", "uint8", "logits", "float32")
@@ -187,6 +218,11 @@ def check_contract(
         raise AgentError(
             "usage",
             f"the engine was built for batch {sizes[0]}, the request says {options.batch}: "
-            "build one engine per batch size",
+            "build one engine per batch size, or a dynamic one",
         )
     return (sizes[0], sizes[1], sizes[2], 3), sizes[5]
+
+
+def _is_open(size: object) -> bool:
+    """Whether a size is one that a call decides: runtimes write -1, or a name."""
+    return not isinstance(size, int) or size < 0

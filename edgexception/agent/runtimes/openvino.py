@@ -55,7 +55,7 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Compile for the CPU at a fixed batch; return executed layers as "Type precision" counts."""
+    """Compile for the CPU; return executed layers as "Type precision" counts."""
     operators(model)
     core = openvino.Core()
     with blaming(f"openvino cannot build {model.name}"):
@@ -63,7 +63,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         if len(graph.inputs) != 1 or graph.inputs[0].partial_shape.rank != 4:
             raise AgentError("bad-artifact", f"{model.name} must have one input of four dimensions")
         shape = graph.inputs[0].partial_shape
-        shape[0] = options.batch
+        least, _, greatest = options.batches or (options.batch,) * 3
+        shape[0] = openvino.Dimension(least, greatest)
         graph.reshape({graph.inputs[0]: shape})
         compiled = core.compile_model(graph, "CPU", _properties(options))
         _check(compiled, options)
@@ -199,7 +200,7 @@ def _check(
     compiled: openvino.CompiledModel, options: Options
 ) -> tuple[tuple[int, int, int, int], int]:
     ends = [
-        [(_name(end, wanted), _type(end), tuple(end.shape)) for end in side]
+        [(_name(end, wanted), _type(end), _sizes(end)) for end in side]
         for side, wanted in ((compiled.inputs, "images"), (compiled.outputs, "logits"))
     ]
     return check_contract(ends[0], ends[1], options)
@@ -212,6 +213,11 @@ def _name(end: openvino.ConstOutput, wanted: str) -> str:
     output of a network without a head is `avg_pool`, too.
     """
     return wanted if wanted in end.get_names() else str(end.get_any_name())
+
+
+def _sizes(end: openvino.ConstOutput) -> tuple[int, ...]:
+    """Return the sizes of an end; -1 is an open one."""
+    return tuple(size.get_length() if size.is_static else -1 for size in end.partial_shape)
 
 
 def _type(end: openvino.ConstOutput) -> str:

@@ -88,7 +88,7 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Save the optimized graph at a fixed batch; return its operators, by type, and its layers.
+    """Save the optimized graph; return its operators, by type, and its layers.
 
     A Conv between DequantizeLinear and QuantizeLinear, which was not fused, runs in float.
     """
@@ -96,8 +96,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     settings = session_options(options)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.optimized_model_filepath = str(out)
-    # The input's free dimension has this name by contract; without it the override does nothing.
-    settings.add_free_dimension_override_by_name("batch", options.batch)
+    fix_batch(settings, options)
     with blaming(f"onnxruntime cannot build {model.name}"):
         if _products_saturate() and _weight_bits(model) != "7":
             settings.add_session_config_entry("session.x64quantprecision", "1")
@@ -196,6 +195,15 @@ def session_options(options: Options) -> onnxruntime.SessionOptions:
     # Errors only: at optimization level ALL it warns that the saved graph fits this machine alone.
     settings.log_severity_level = 3
     return settings
+
+
+def fix_batch(settings: onnxruntime.SessionOptions, options: Options) -> None:
+    """Give the open dimension its size, if the engine is not to be dynamic.
+
+    The input's free dimension has this name by contract; without it the override does nothing.
+    """
+    if options.batches is None:
+        settings.add_free_dimension_override_by_name("batch", options.batch)
 
 
 def _describe(options: Options, optimization: str) -> dict[str, Any]:

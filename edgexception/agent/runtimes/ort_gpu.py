@@ -31,8 +31,10 @@ from edgexception.agent.onnx_file import operators
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
-from edgexception.agent.runtimes.ort import check_ends, session_options
+from edgexception.agent.runtimes.ort import check_ends, fix_batch, session_options
+from edgexception.agent.runtimes.trt_family import profile_shapes
 
+TENSORRT = "TensorrtExecutionProvider"
 _SHOWN = 5
 
 
@@ -83,15 +85,30 @@ class Adapter:
 
     def _session(self, model: Path, options: Options) -> onnxruntime.InferenceSession:
         settings = session_options(options)
-        settings.add_free_dimension_override_by_name("batch", options.batch)
+        fix_batch(settings, options)
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        provider = (self.provider, self._profile(model, options))
         with blaming(f"{self.name} cannot open {model.name}"):
             session = onnxruntime.InferenceSession(
-                str(model), settings, providers=[self.provider], enable_fallback=0
+                str(model), settings, providers=[provider], enable_fallback=0
             )
             self._refuse_cpu(session, model.name)
         check_ends(session, options)
         return session
+
+    def _profile(self, model: Path, options: Options) -> dict[str, str]:
+        """Return what TensorRT is told of an open batch; else it builds anew for each new size.
+
+        Options of its provider (ONNX Runtime, "TensorRT Execution Provider"): all three, or none.
+        """
+        shapes = profile_shapes(model, options)
+        if shapes is None or self.provider != TENSORRT:
+            return {}
+        names = ("min", "opt", "max")
+        return {
+            f"trt_profile_{name}_shapes": f"images:{'x'.join(map(str, shape))}"
+            for name, shape in zip(names, shapes, strict=True)
+        }
 
     def _refuse_cpu(self, session: onnxruntime.InferenceSession, model: str) -> None:
         """Raise not-possible-here unless every node of a session is the provider's."""

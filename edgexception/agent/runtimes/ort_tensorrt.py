@@ -8,7 +8,7 @@ on hardware.
 
 from __future__ import annotations
 
-from edgexception.agent.runtimes.ort_gpu import Adapter
+from edgexception.agent.runtimes.ort_gpu import TENSORRT, Adapter
 
-_ADAPTER = Adapter("onnxruntime-tensorrt", "TensorrtExecutionProvider")
+_ADAPTER = Adapter("onnxruntime-tensorrt", TENSORRT)
 version, build, open = _ADAPTER.version, _ADAPTER.build, _ADAPTER.open  # noqa: A001

@@ -24,26 +24,28 @@ _KERNEL = re.compile(
     r"Name: .*?, LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[(.*?)\], "
     r"TacticName: .*?, StreamId: \d+, Metadata: (.*)"
 )
-# Where two streams meet: no kernel.
-_MEETING = re.compile(r"Name: \S+, LayerType: (signal|wait), Inputs: \[\], Constants: \[\], .*")
+# Where two streams meet, or sizes are computed: no kernel.
+_MEETING = re.compile(
+    r"Name: \S+, LayerType: (signal|wait|shape_call), Inputs: \[\], Constants: \[\], .*"
+)
 _TENSOR = re.compile(
-    r"\{ Name: [^ ]+, Dimensions: \[([\d,]*)\], Strides: \[[\d,]*\], StrideOrder: \[[\d,]*\], "
-    r"Datatype: (\w+), Format: [^{}]* \}"
+    r"\{ Name: [^ ]+, Dimensions: \[(-1,)?([\d,]*)\], Strides: \[[-\d,]*\], "
+    r"StrideOrder: \[[\d,]*\], Datatype: (\w+), Format: [^{}]* \}"
 )
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
-def read_kernels(text: str) -> list[dict[str, Any]] | None:
+def read_kernels(text: str, batch: int) -> list[dict[str, Any]] | None:
     """Return every kernel of a listing in its order; None where a line is not understood.
 
     A kernel has its kind ("correlation" is a convolution, "kgen" what was generated for the nodes
     between), the ONNX nodes that it computes, and per tensor the type and the bytes that it reads,
-    writes, or has as a constant.
+    writes, or has as a constant. An open size is the first, and counted as `batch`.
     """
     if not text.startswith(START):
         return None
     lines = text[len(START) :].partition("\n\n")[0].splitlines()
-    kernels = [_kernel(line) for line in lines if not _MEETING.fullmatch(line)]
+    kernels = [_kernel(line, batch) for line in lines if not _MEETING.fullmatch(line)]
     known = [kernel for kernel in kernels if kernel is not None]
     return known if known and len(known) == len(kernels) else None
 
@@ -107,28 +109,29 @@ def _ran(kernels: list[dict[str, Any]], *, generated: bool) -> Iterator[Ran]:
             yield Ran(tuple(kernel["layers"]), _PRECISIONS.get(read), _name(kernel))
 
 
-def _kernel(line: str) -> dict[str, Any] | None:
+def _kernel(line: str, batch: int) -> dict[str, Any] | None:
     found = _KERNEL.fullmatch(line)
     if found is None:
         return None
     kind, *parts, metadata = found.groups()
-    read, constant, written = map(_tensors, parts)
+    read, constant, written = (_tensors(part, batch) for part in parts)
     if read is None or constant is None or not written or not read + constant:
         return None
     layers = list(dict.fromkeys(_LAYER.findall(metadata)))
     return {"kind": kind, "layers": layers, "read": read, "constant": constant, "written": written}
 
 
-def _tensors(text: str) -> list[dict[str, Any]] | None:
+def _tensors(text: str, batch: int) -> list[dict[str, Any]] | None:
     """Return type and bytes of each tensor of a list; None where one is not understood."""
     tensors = []
     rest = text.strip()
     while rest:
         found = _TENSOR.match(rest)
-        if found is None or found.group(2) not in _WIDTHS:
+        if found is None or found.group(3) not in _WIDTHS:
             return None
-        sizes = [int(size) for size in found.group(1).split(",") if size]
-        size = math.prod(sizes) * _WIDTHS[found.group(2)]
-        tensors.append({"type": found.group(2), "bytes": size})
+        is_open, sizes, kind = found.groups()
+        count = math.prod(int(size) for size in sizes.split(",") if size)
+        size = count * _WIDTHS[kind] * (batch if is_open else 1)
+        tensors.append({"type": kind, "bytes": size})
         rest = rest[found.end() :].lstrip(", ")
     return tensors

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from edgexception.agent.onnx_file import operators
 from edgexception.agent.protocol import AgentError, progress
 from edgexception.agent.runtimes import (
     PROFILE_WARM_UP,
+    TIMING_CACHE,
     KernelTime,
     Options,
     Session,
@@ -30,7 +32,7 @@ from edgexception.agent.runtimes import (
     brief,
 )
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
-from edgexception.agent.runtimes.trt_family import fix_batch, open_session
+from edgexception.agent.runtimes.trt_family import open_session, profile_shapes, set_batch
 from edgexception.agent.tensorrt_options import (
     BuilderCalls,
     BuildOptions,
@@ -103,16 +105,18 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Build for the first GPU at a fixed batch; return what the engine says of its layers."""
-    gpu, number, wanted = first_gpu(), parse_version(trt.__version__), _build_options(options)
+    """Build for the first GPU; return what the engine says of its layers."""
+    gpu, number = first_gpu(), parse_version(trt.__version__)
     if options.sm not in (None, gpu["sm"]):
         raise AgentError(
             "not-possible-here",
             f"tensorrt builds for the GPU it runs on, {gpu['name']} (SM{gpu['sm']}); for "
             f"SM{options.sm} build on such a device",
         )
-    check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
     operators(model)
+    shapes = profile_shapes(model, options)
+    wanted = replace(_build_options(options), shapes=shapes)
+    check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
     log = _Log()
     with blaming(f"tensorrt cannot build {model.name}"):
         calls = builder_calls(wanted, number)
@@ -123,17 +127,19 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         parser = trt.OnnxParser(network, log)
         if not parser.parse(model.read_bytes()):
             raise AgentError("bad-artifact", f"tensorrt cannot read {model.name}: {log.why()}")
-        fix_batch(trt, network, options)
         config = builder.create_builder_config()
+        set_batch(trt, builder, network, config, options, shapes)
         apply(calls, config)
         # The builder keeps no reference to it.
         monitor = _Monitor()
         config.progress_monitor = monitor
+        cache = _start_cache(config, out.with_name(TIMING_CACHE), log)
         on_gpu = _not_on_dla(wanted, network, config)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise AgentError(_kind(log), f"tensorrt cannot build {model.name}: {log.why()}")
     out.write_bytes(plan)
+    out.with_name(TIMING_CACHE).write_bytes(cache.serialize())
     layers = _layers(plan, wanted, log)
     return {
         "settings": {
@@ -200,6 +206,29 @@ def apply(calls: BuilderCalls, config: trt.IBuilderConfig) -> None:
         setattr(config, name, _value(value))
         if getattr(config, name) != _value(value):
             raise AgentError("not-possible-here", f"tensorrt does not take {name} = {value} here")
+
+
+def _start_cache(config: trt.IBuilderConfig, path: Path, log: _Log) -> Any:
+    """Give a build the times of kernels from a file, or none; return the cache, which it extends.
+
+    They are those of one GPU, CUDA and version of TensorRT ("Optimizing Builder Performance",
+    TensorRT 10.16). With `ignore_mismatch` off TensorRT refuses those of another GPU (NvInfer.h,
+    IBuilderConfig::setTimingCache). Of a file that it cannot read it only makes an entry in the log
+    and an empty cache (NVIDIA/TensorRT issue 3566; so does TensorRT-RTX); here that is an error.
+    The cache must outlive the build.
+    """
+    known, before = path.read_bytes() if path.exists() else b"", len(log.errors)
+    cache, empty = config.create_timing_cache(known), config.create_timing_cache(b"")
+    nothing = bytes(empty.serialize())
+    lost = cache is None or (known not in (b"", nothing) and bytes(cache.serialize()) == nothing)
+    if lost or not config.set_timing_cache(cache, False) or log.errors[before:]:
+        raise AgentError(
+            "bad-artifact",
+            f"the timing cache of an earlier build is broken, or not one of TensorRT "
+            f"{trt.__version__} on this GPU ({log.why()}): remove the folder .timing in the store "
+            "of the run, and kernels are timed anew",
+        )
+    return cache
 
 
 def _value(value: str | int) -> Any:

@@ -5,6 +5,11 @@ docs.nvidia.com/deeplearning/tensorrt-rtx). It holds weights and portable kernel
 compiled on the GPU when the engine is first opened there. Networks are strongly typed: the types
 are those of the ONNX graph. `open` has not been run on hardware.
 
+There is no timing cache: nothing is timed when an engine is built, and the calls for one do nothing
+but ask for a GPU ("Timing Cache Migration", same place). What is compiled on the GPU could be kept
+in a runtime cache ("Working with Runtime Cache"); no use is made of it, so that the time to open an
+engine (`open_s`) is always that of a first start.
+
 The vendor's support matrix (1.0 to 1.7) names no INT8 for activations, only for weights. The
 builder takes such graphs none the less, and lists their convolutions as INT8.
 
@@ -46,7 +51,7 @@ from edgexception.agent.runtimes.rtx_layers import (
     layer_placement,
     read_kernels,
 )
-from edgexception.agent.runtimes.trt_family import fix_batch, open_session
+from edgexception.agent.runtimes.trt_family import open_session, profile_shapes, set_batch
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _PADDING = 64
@@ -85,9 +90,10 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Build for the compute capability `options.sm` at a fixed batch; no GPU is touched."""
+    """Build for the compute capability `options.sm`; no GPU is touched."""
     capability = _capability(options.sm)
     operators(model)
+    shapes = profile_shapes(model, options)
     log = _Log()
     with blaming(f"tensorrt-rtx cannot build {model.name}"):
         builder = trt.Builder(log)
@@ -96,8 +102,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         parser = trt.OnnxParser(network, log)
         if not parser.parse(model.read_bytes()):
             raise AgentError("bad-artifact", f"tensorrt-rtx cannot read {model.name}: {log.why()}")
-        fix_batch(trt, network, options)
         config = builder.create_builder_config()
+        set_batch(trt, builder, network, config, options, shapes)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         # Else float32 products are rounded to 10 bits of mantissa, and the row is not FP32.
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -111,7 +117,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
             f"tensorrt-rtx cannot build {model.name} for SM{options.sm}: {log.why()}",
         )
     out.write_bytes(engine)
-    kernels = read_kernels(log.listing)
+    kernels = read_kernels(log.listing, options.batch)
     return {
         "settings": {
             "sm": options.sm,
@@ -131,8 +137,24 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
     """Open an engine on the first GPU; one that was built for another is refused by the library."""
-    log = _Log()
-    return open_session(trt, trt.Runtime(log), engine, options, "tensorrt-rtx", log)
+    log, runtime = _Log(), "tensorrt-rtx"
+    if options.batches is None:
+        return open_session(trt, trt.Runtime(log), engine, options, runtime, log)
+    return open_session(
+        trt, trt.Runtime(log), engine, options, runtime, log, context_of=_eager_context
+    )
+
+
+def _eager_context(engine: Any) -> Any:
+    """Return a context that compiles for a batch size before it first runs it.
+
+    By itself TensorRT-RTX runs other kernels meanwhile, and times would be of both
+    (DynamicShapesKernelSpecializationStrategy in its NvInferRuntime.h).
+    """
+    config = engine.create_runtime_config()
+    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    config.dynamic_shapes_kernel_specialization_strategy = eager
+    return engine.create_execution_context(runtime_config=config)
 
 
 def zeros_bytes(engine: Any) -> int:

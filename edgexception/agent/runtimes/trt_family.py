@@ -5,23 +5,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgexception.agent.onnx_file import input_sizes
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, check_contract
 from edgexception.agent.runtimes.cuda import Memory, first_gpu
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-def fix_batch(trt: Any, network: Any, options: Options) -> None:
-    """Give the open batch dimension of a network its size, and check the network's ends."""
+
+def profile_shapes(model: Path, options: Options) -> Shapes | None:
+    """Return the least, best and greatest shape of `images`; None where the batch is fixed.
+
+    Raises a bad-artifact AgentError for a model with another open size, or a fixed batch.
+    """
+    if options.batches is None:
+        return None
+    batch, *size = input_sizes(model)
+    fixed = tuple(each for each in size if each is not None)
+    if batch is not None or len(fixed) != len(size):
+        raise AgentError(
+            "bad-artifact",
+            f"{model.name} reads images of {(batch, *size)} (None is open): for a dynamic batch "
+            "that one size must be open; export it without a batch",
+        )
+    least, best, greatest = options.batches
+    return (least, *fixed), (best, *fixed), (greatest, *fixed)
+
+
+def set_batch(
+    trt: Any, builder: Any, network: Any, config: Any, options: Options, shapes: Shapes | None
+) -> None:
+    """Give the open batch of a network its size, or its bounds, and check the network's ends.
+
+    An open size needs an optimization profile: kernels are chosen for the best shape and must do
+    for all from the least to the greatest (NvInferRuntime.h, IOptimizationProfile).
+    """
     for number in range(network.num_inputs):
         tensor = network.get_input(number)
         sizes = tuple(tensor.shape)
-        if sizes and sizes[0] == -1:
+        if sizes and sizes[0] == -1 and shapes is None:
             tensor.shape = (options.batch, *sizes[1:])
     sides = (
         [network.get_input(number) for number in range(network.num_inputs)],
@@ -29,6 +58,11 @@ def fix_batch(trt: Any, network: Any, options: Options) -> None:
     )
     ends = [[(end.name, _type(trt, end.dtype), tuple(end.shape)) for end in side] for side in sides]
     check_contract(ends[0], ends[1], options)
+    if shapes is not None:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("images", *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise AgentError("bad-artifact", f"the profile of shapes {shapes} is refused")
 
 
 def open_session(
@@ -39,6 +73,7 @@ def open_session(
     name: str,
     log: Any,
     profiler: Any = None,
+    context_of: Callable[[Any], Any] = lambda engine: engine.create_execution_context(),
 ) -> Session:
     """Open an engine file on the first GPU; `log.why()` is what the library said.
 
@@ -52,7 +87,9 @@ def open_session(
                 "bad-artifact", f"{name} cannot open {engine.name} on {gpu['name']}: {log.why()}"
             )
         shape, classes = _check_engine(trt, opened, options)
-        context = opened.create_execution_context()
+        context = context_of(opened)
+        if options.batches is not None and not context.set_input_shape("images", shape):
+            raise AgentError("bad-artifact", f"{name} takes no images {shape}: {log.why()}")
         if profiler is not None:
             context.profiler = profiler
         logits = np.empty((shape[0], classes), np.float32)
@@ -84,6 +121,14 @@ def _check_engine(trt: Any, engine: Any, options: Options) -> tuple[tuple[int, i
             tuple(engine.get_tensor_shape(name)),
         )
         ends[engine.get_tensor_mode(name)].append(end)
+    if options.batches is not None:
+        found = tuple(each[0] for each in engine.get_tensor_profile_shape("images", 0))
+        if found != options.batches:
+            raise AgentError(
+                "bad-artifact",
+                f"the engine takes batches of {found} (least, best, greatest), and its manifest "
+                f"says {options.batches}: build it again",
+            )
     return check_contract(ends[trt.TensorIOMode.INPUT], ends[trt.TensorIOMode.OUTPUT], options)
 
 
