@@ -74,7 +74,7 @@ _PRUNE: dict[str, Any] = _MODEL | {
     "precision": _option(list[str], "Of the engines that are timed. Default: fp32."),
     "threads": _option(int | None, "Of the engines that are timed. Default: one a core."),
     "importance": _option(
-        str | None, "magnitude (default), batchnorm, activation or taylor; the last two on photos."
+        str | None, "taylor (default) or activation, both on photos; magnitude or batchnorm."
     ),
     "ranking": _option(str | None, "global (default) or local: every layer loses the same share."),
     "align": _option(

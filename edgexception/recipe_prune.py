@@ -70,10 +70,10 @@ class PruneSpec(Spec):
     """That the engines are timed in; None is fp32."""
     threads: Threads | None = None
     """Of the engines that are timed; None is one per physical core the process may use."""
-    importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "magnitude"
-    """magnitude: the norm of a channel's weights, BatchNorm folded in. batchnorm: its factor there.
-    activation: its mean size on calibration images. taylor: how much the logits of calibration
-    images would change without it, to first order. No labels are used."""
+    importance: Literal["magnitude", "batchnorm", "activation", "taylor"] = "taylor"
+    """taylor: how much the logits of calibration images would change without a channel, to first
+    order. activation: its mean size on those images. magnitude: the norm of its weights, BatchNorm
+    folded in. batchnorm: its factor there. No labels are used."""
     ranking: Literal["global", "local"] = "global"
     """global: how much each layer loses follows from its importance and its cost. local: all lose
     the same share."""

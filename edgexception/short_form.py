@@ -116,8 +116,8 @@ def _check_used(flags: Flags) -> None:
                 if getattr(flags, name) not in (None, ()):
                     raise UsageError(f"--{_flag(name)} has no effect without --{_flag(base)}")
     pruned = any(getattr(flags, name) is not None for name in BUDGETS)
-    if pruned and flags.calibration and flags.importance not in ("activation", "taylor"):
-        raise UsageError("--calibration has no effect with --importance magnitude or batchnorm")
+    if pruned and flags.calibration and flags.importance in ("magnitude", "batchnorm"):
+        raise UsageError(f"--calibration has no effect with --importance {flags.importance}")
     if flags.precision and flags.target is None and not flags.dialect:
         raise UsageError("--precision has no effect without --target, or --dialect for export")
     for name in ("activations", "ranges", "weight_bits"):

@@ -16,6 +16,7 @@ from edgexception.report.record import Report
 
 pytest.importorskip("sklearn")
 NARROW = {"stem": [8, 16], "entry": [[16, 16]], "middle": [], "exit": [16, 24], "tail": [32]}
+PLAIN = ("--importance", "magnitude")
 
 
 def pruned(
@@ -138,7 +139,7 @@ def test_a_latency_that_no_widths_reach_is_refused_with_the_nearest(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "local_device", lambda: ClockDevice(100_000, 5.0))
-    flags = ("--latency", 0.01, "--target", "cpu-x86", "--align", 1)
+    flags = ("--latency", 0.01, "--target", "cpu-x86", "--align", 1, *PLAIN)
     done = edgex("prune", world / "net.safetensors", "-o", tmp_path, *flags)
     assert done.code == 2
     assert "prune.latency: 0.01 of the network's latency cannot be reached" in done.err
@@ -147,7 +148,7 @@ def test_a_latency_that_no_widths_reach_is_refused_with_the_nearest(
 
 def test_what_cannot_be_measured_here_is_refused(world: Path, tmp_path: Path) -> None:
     flags = ("--latency", 0.5, "--target", "rtx-4090")
-    done = edgex("prune", world / "net.safetensors", "-o", tmp_path, *flags)
+    done = edgex("prune", world / "net.safetensors", "-o", tmp_path, *flags, *PLAIN)
     assert done.code == 3
     assert "tensorrt-rtx" in done.err
     flags = ("--latency", 0.5, "--target", "cpu-x86", "--runtime", "openvino")

@@ -15,6 +15,7 @@ from edgexception.prune.plan import load_prune_plan
 from edgexception.report.record import Report
 
 pytest.importorskip("sklearn")
+PLAIN = ("--importance", "magnitude")
 NARROW = {"stem": [8, 16], "entry": [[16, 16]], "middle": [], "exit": [16, 24], "tail": [32]}
 
 
@@ -30,7 +31,7 @@ def ran(folder: Path, command: str, *flags: str, **changes: Any) -> tuple[list[s
 
 
 def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
-    pruning = {"macs": 0.6, "align": 4, "importance": "taylor"}
+    pruning = {"macs": 0.6, "align": 4}
     target = {"target": "cpu-x86", "runtimes": ["onnxruntime"], "precisions": ["fp32", "int8"]}
     new, report = ran(
         tmp_path,
@@ -100,7 +101,8 @@ def test_a_pruned_network_recovers_before_anything_else(tmp_path: Path) -> None:
 
 def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
     arguments = ("prune", world / "net.safetensors", "-o", tmp_path, "--align", 1)
-    done = edgex(*arguments, "--macs", 0.5, "--evaluation", world / "test")
+    evaluation = ("--evaluation", world / "test")
+    done = edgex(*arguments, "--macs", 0.5, *PLAIN, *evaluation)
     assert done.code == 0, done.err
     assert "prune: {macs: 0.5, " in done.out
     assert "against the unpruned network in torch: SQNR" in done.out
@@ -109,10 +111,10 @@ def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
     assert done.code == 2
     assert "--images has no effect without --calibration" in done.err
     photos = ("--calibration", world / "photos", "--images", 12)
-    done = edgex(*arguments, "--parameters", 0.5, "--importance", "activation", *photos)
+    done = edgex(*arguments, "--parameters", 0.5, *photos)
     assert done.code == 0, done.err
     assert "quantize:" not in done.out
-    assert "by activation on 12 images" in done.out
+    assert "by taylor on 12 images" in done.out
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,10 @@ def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:
     [
         ((), "needs --macs or --parameters or --size or --latency with a checkpoint"),
         (("--macs", "1.5"), "prune.macs: Input should be less than 1"),
-        (("--macs", "0.5", "--align", "512"), "the nearest possible value is"),
-        (("--macs", "0.000001", "--align", "1"), "prune.macs: 1e-06 .* nearest possible value is"),
-        (("--macs", "0.5", "--importance", "taylor"), "prune.importance: taylor is measured on"),
-        (("--macs", "0.5", "--calibration", "x"), "--calibration has no effect with"),
+        (("--macs", "0.5", "--align", "512", *PLAIN), "the nearest possible value is"),
+        (("--macs", "0.000001", "--align", "1", *PLAIN), "prune.macs: 1e-06 .* possible value is"),
+        (("--macs", "0.5"), "prune.importance: taylor is measured on images; add a `calibration:`"),
+        (("--macs", "0.5", *PLAIN, "--calibration", "x"), "--calibration has no effect with"),
     ],
 )
 def test_what_cannot_be_is_refused(
