@@ -268,6 +268,11 @@ class Gates(Spec):
     speedup_min: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
     """Least FP32 latency / INT8 latency of a runtime at the first batch size: the geometric mean
     over the rounds of the ratio of the medians in that round."""
+    pruned_top1_drop_max: Share | None = None
+    """Most top-1 accuracy that the pruned network may lose against the unpruned one, both in torch;
+    the other gates compare with the pruned network."""
+    pruned_agreement_min: Share | None = None
+    """Least share of images on which the pruned network decides like the unpruned one."""
 
 
 class Recipe(Spec):

@@ -353,13 +353,17 @@ def _gates_are_measured(recipe: Recipe) -> Iterator[Fault]:
         if getattr(gates, name) is None:
             continue
         path: KeyPath = ("gates", name)
-        if not recipe.bench:
+        pruned = name.startswith("pruned_")
+        if pruned and not recipe.prune:
+            yield Fault(path, "nothing is pruned; add a `prune:` section or remove this gate")
+        if not pruned and not recipe.bench:
             yield Fault(path, "nothing measures it; add a `bench:` section or remove this gate")
         if name not in _GATES_WITHOUT_IMAGES and not recipe.evaluation:
             yield Fault(path, "there are no images to measure it on; add an `evaluation:` section")
-        elif name.startswith("top1") and recipe.evaluation:
+        elif "top1" in name and recipe.evaluation:
             yield from _gate_has_labels(recipe.evaluation.source, path)
-        yield from _gate_has_engines(name, recipe.targets, path)
+        if not pruned:
+            yield from _gate_has_engines(name, recipe.targets, path)
 
 
 def _gate_has_labels(source: Source, path: KeyPath) -> Iterator[Fault]:
@@ -404,6 +408,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("calibration targets export", _half_has_what_it_needs),
     ("export bench", _batch_is_measured),
     ("targets export bench", _dynamic_batch_has_bounds),
-    ("gates bench evaluation targets", _gates_are_measured),
+    ("gates prune bench evaluation targets", _gates_are_measured),
 )
 """Every rule with the sections it reads."""

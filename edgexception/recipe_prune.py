@@ -24,13 +24,13 @@ BUDGETS = ("macs", "parameters", "size", "latency")
 
 class RecoverySpec(Spec):
     """How a pruned network gets back what it lost: its weights are fitted to the unpruned one's
-    layers by least squares, then it learns on, and at the end its BatchNorm statistics are measured
-    anew."""
+    layers by least squares, its BatchNorm statistics are brought up to date, and it learns on."""
 
     source: Source | None = None
     """Images to learn from; None takes the calibration images. Labels count only where
     `distillation` is below 1."""
-    steps: Count = 300
+    steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 300
+    """0 is the fit alone."""
     batch_size: Count = 32
     learning_rate: LearningRate = 1e-3
     """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""
@@ -38,6 +38,10 @@ class RecoverySpec(Spec):
     distillation: Share = 1.0
     """Share of the loss that is the distance to the unpruned network's logits; it needs no label.
     The rest is cross-entropy with the labels of `source`."""
+    batchnorm: Literal["teacher", "images"] = "teacher"
+    """teacher: the unpruned network's statistics, moved by as much as pruning moved the tensors on
+    the images; they stay so while it learns. A few photos are enough for that. images: those of
+    the images alone, which takes hundreds of different ones."""
     ema: Decay = 0.0
     """Decay of a moving average of the weights, which the network ends with; 0 is none."""
     bfloat16: bool = False

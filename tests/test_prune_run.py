@@ -37,6 +37,7 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
         tmp_path,
         "run",
         prune=pruning,
+        gates={"pruned_top1_drop_max": 1.0, "pruned_agreement_min": 0.0},
         targets=[target],
         bench={"batch_sizes": [1], "duration_ms": 1, "warmup_ms": 1, "rounds": 2},
         quantize={"rounding": "nearest"},
@@ -57,6 +58,13 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
     assert effect is not None
     assert effect.top1 is not None
     assert effect.top1[0].trials == 600
+    gates = {gate.gate: gate.value for gate in report.gates if gate.row == "pruned network"}
+    lost = effect.top1[0].successes - effect.top1[1].successes
+    assert effect.fidelity.agreement is not None
+    assert gates == {
+        "pruned_top1_drop_max": lost / 600,
+        "pruned_agreement_min": effect.fidelity.agreement.value,
+    }
     fp32 = report.rows[0].top1
     assert fp32 is not None
     # Logits of the smaller network: ONNX Runtime's differ from torch's by roundings.

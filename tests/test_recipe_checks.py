@@ -191,6 +191,18 @@ model:
     assert line.startswith("4: model.source: has no labels, which training needs")
 
 
+def test_gates_of_pruning_need_pruning_and_images_but_no_engine(tmp_path: Path) -> None:
+    text = edited(
+        "gates: {top1_drop_max: 1e-2, speedup_min: 1}", "gates: {pruned_top1_drop_max: 0}"
+    )
+    (line,) = faults(tmp_path, text)
+    assert "gates.pruned_top1_drop_max: nothing is pruned; add a `prune:` section" in line
+    pruned = f"{text}prune: {{macs: 0.5}}\n"
+    load_recipe(write(tmp_path, pruned.replace("bench: {batch_sizes: [1, 8]}\n", "")))
+    (line,) = faults(tmp_path, pruned.replace("{kind: folder", "{kind: photos"))
+    assert "gates.pruned_top1_drop_max: photos have no labels" in line
+
+
 def test_rules_between_valid_sections_are_checked_beside_a_broken_one(tmp_path: Path) -> None:
     text = edited("name: shoes", "name: Shoes").replace('"no"', "3").replace("[1, 8]", "[1, 1]")
     text = text.replace("[onnxruntime, openvino]", "[onnxruntim]")

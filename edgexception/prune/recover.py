@@ -34,8 +34,8 @@ def recover(
     """Train a pruned network in place and return it in eval mode; `teacher` is the unpruned one.
 
     First the weights are fitted to the teacher's layers (see `refit`); `kept` is the plan's, and
-    None leaves them as they are. At the end the BatchNorm statistics are those of the images under
-    the final weights. Raises UsageError for a single image a step or a training that diverges, and
+    None leaves them as they are. With `batchnorm: images` the statistics are at the end those of
+    the images under the final weights. Raises UsageError for a single image a step or a training that diverges, and
     what `fit` raises.
     """
     if min(len(images), spec.batch_size) < 2:
@@ -48,7 +48,9 @@ def recover(
         count = max(2, REFIT_PIXELS // (height * width))
         with reproducible(spec.seed, spec.threads):
             chosen = np.sort(order(spec.seed, -1, len(images))[:count])
-            refit(network, teacher, kept, normalized(images, chosen))
+            refit(network, teacher, kept, normalized(images, chosen), spec.batchnorm)
+    if spec.steps == 0:
+        return network.eval()
     course = Course(
         section=SECTION,
         steps=spec.steps,
@@ -58,6 +60,7 @@ def recover(
         seed=spec.seed,
         threads=spec.threads,
         bfloat16=spec.bfloat16,
+        fixed_statistics=spec.batchnorm == "teacher",
     )
     objective = Objective(
         "normalized", spec.distillation, teacher if spec.distillation > 0.0 else None

@@ -14,7 +14,7 @@ images, by activation 87.7% and 91.4%, by Taylor 90.6% and 91.5%.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import fx, nn
@@ -31,19 +31,24 @@ CHUNK = 16
 
 
 def refit(
-    network: Xception, teacher: Xception, kept: Mapping[str, tuple[int, ...]], x: torch.Tensor
+    network: Xception,
+    teacher: Xception,
+    kept: Mapping[str, tuple[int, ...]],
+    x: torch.Tensor,
+    batchnorm: Literal["teacher", "images"] = "teacher",
 ) -> None:
-    """Fit the weights of a pruned network in place, and give its BatchNorms the images' statistics.
+    """Fit the weights of a pruned network in place, and bring its BatchNorm statistics up to date.
 
-    `kept` are the channels of `teacher` that stay, by group (see `PrunePlan`); x is (n, 3, H, W).
-    Spatial convolutions keep their weights: a channel of theirs has no other to make up for.
+    `kept` are the channels of `teacher` that stay, by group (see `PrunePlan`); x is (n, 3, H, W);
+    `batchnorm` is as of `RecoverySpec`. Spatial convolutions keep their weights: a channel of
+    theirs has no other to make up for.
     """
     training = network.training
     graph = trace(teacher)
     group = group_names(teacher, graph)
     rows = {name: torch.tensor(kept[of]) for name, of in group.items() if of in kept}
     with torch.no_grad():
-        _Both(network.eval(), teacher.eval(), graph, rows).run(x)
+        _Both(network.eval(), teacher.eval(), graph, rows, batchnorm).run(x)
     network.train(training)
 
 
@@ -63,11 +68,13 @@ class _Both(fx.Interpreter):
         teacher: Xception,
         graph: fx.Graph,
         rows: Mapping[str, torch.Tensor],
+        batchnorm: str,
     ) -> None:
         super().__init__(fx.GraphModule(teacher, graph))
         self.network = network
         self.teacher = teacher
         self.rows = rows
+        self.batchnorm = batchnorm
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
@@ -76,10 +83,13 @@ class _Both(fx.Interpreter):
         if n.op == "output":
             return super().run_node(n)
         inputs = [cast(_Pair, self.env[node]) for node in n.all_input_nodes]
-        whole = self.teacher.get_submodule(cast(str, n.target))(*(pair.whole for pair in inputs))
+        wide = self.teacher.get_submodule(cast(str, n.target))
+        whole = wide(*(pair.whole for pair in inputs))
         layer = self.network.get_submodule(cast(str, n.target))
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d) and self.batchnorm == "images":
             _measure(layer, inputs[0].pruned)
+        elif isinstance(layer, nn.BatchNorm2d):
+            _move(layer, cast(nn.BatchNorm2d, wide), inputs[0], self.rows.get(n.name))
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and not is_spatial(n):
             wanted = whole[:, self.rows[n.name]] if n.name in self.rows else whole
             _fit(layer, inputs[0].pruned, wanted)
@@ -90,6 +100,24 @@ def _measure(norm: nn.BatchNorm2d, x: torch.Tensor) -> None:
     variance, mean = torch.var_mean(x, dim=(0, 2, 3))
     cast(torch.Tensor, norm.running_mean).copy_(mean)
     cast(torch.Tensor, norm.running_var).copy_(variance)
+
+
+def _move(
+    norm: nn.BatchNorm2d, wide: nn.BatchNorm2d, read: _Pair, rows: torch.Tensor | None
+) -> None:
+    """Let what a BatchNorm makes of the images have the mean and deviation of the teacher's.
+
+    Statistics of the images themselves would be those of these few photos, and what the network
+    learned of many more would be gone.
+    """
+    every = slice(None) if rows is None else rows
+    mean, variance = (cast(torch.Tensor, t)[every] for t in (wide.running_mean, wide.running_var))
+    before, first = torch.var_mean(read.whole[:, every], dim=(0, 2, 3))
+    after, moved = torch.var_mean(read.pruned, dim=(0, 2, 3))
+    ratio = (after + norm.eps) / (before + norm.eps)
+    scaled = (ratio * (variance + norm.eps) - norm.eps).clamp_min(0.0)
+    cast(torch.Tensor, norm.running_var).copy_(scaled)
+    cast(torch.Tensor, norm.running_mean).copy_(moved - (first - mean) * ratio.sqrt())
 
 
 def _fit(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, wanted: torch.Tensor) -> None:

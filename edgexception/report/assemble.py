@@ -169,6 +169,7 @@ class Findings:
 def report_of(found: Findings) -> Report:
     """Return the record of a run."""
     rows = mark_fastest(tuple(_row(found, place) for place in found.places))
+    effect = None if found.pruning is None else found.pruning.effect
     return Report(
         edgexception=__version__,
         recipe=found.recipe.model_dump(mode="json", exclude_none=True),
@@ -183,7 +184,7 @@ def report_of(found: Findings) -> Report:
         types=tuple(_types(found)),
         parity=tuple(_parity(found)),
         rows=rows,
-        gates=judge(found.recipe.gates, rows) if found.judged else (),
+        gates=judge(found.recipe.gates, rows, effect) if found.judged else (),
         stages=found.stages,
         sensitivity=(
             None

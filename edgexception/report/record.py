@@ -300,7 +300,7 @@ class Types(Record):
 
 
 class GateResult(Record):
-    """One gate on one row."""
+    """One gate on one row, or on the pruned network."""
 
     gate: str
     row: str

@@ -119,8 +119,8 @@ def learn(
     keeper: Keeper | None,
     progress: Report | None,
 ) -> Xception:
-    """Train a network in place, give its BatchNorms the images' statistics, and return it in eval
-    mode. Raises what `fit` raises.
+    """Train a network in place, give its BatchNorms the images' statistics unless they are fixed,
+    and return it in eval mode. Raises what `fit` raises.
     """
     fit(network, objective, images, course, partial(decaying, weight_decay), keeper, progress)
 
@@ -130,7 +130,8 @@ def learn(
         for batch in np.array_split(chosen, batch_count(len(chosen), course.batch_size)):
             yield normalized(images, batch)
 
-    settle(network, sample)
+    if not course.fixed_statistics:
+        settle(network, sample)
     return network.eval()
 
 

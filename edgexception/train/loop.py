@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
 from edgexception.train import processes
-from edgexception.train.batchnorm import whole_batch_statistics
+from edgexception.train.batchnorm import norms, whole_batch_statistics
 from edgexception.train.objective import Objective
 from edgexception.train.processes import Diverged
 from edgexception.train.state import Keeper, State
@@ -57,6 +57,8 @@ class Course:
     bits: one thread and two end with different weights (seen on the digits recipe)."""
     bfloat16: bool = False
     """Compute layers in bfloat16; weights and their updates stay float32."""
+    fixed_statistics: bool = False
+    """BatchNorms use the statistics that they have, and keep them."""
 
 
 Group = dict[str, Any]
@@ -134,9 +136,11 @@ class _Job:
         with (
             reproducible(course.seed, course.threads),
             out_of_memory(sum(p.numel() for p in self.network.parameters()), self.images, course),
-            whole_batch_statistics(self.network),
+            nullcontext() if course.fixed_statistics else whole_batch_statistics(self.network),
         ):
             self.network.to(device).train()
+            for norm in norms(self.network) if course.fixed_statistics else ():
+                norm.eval()
             if self.objective.teacher is not None:
                 self.objective.teacher.to(device).eval()
             training = _Training(self.network, course, self.grouping)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,23 @@ def test_it_comes_nearer_to_the_unpruned_network() -> None:
     assert found.architecture.stem == (4, 5)
     assert apart(found, teacher) < 0.5 * before
     assert all(torch.equal(value, answers[name]) for name, value in teacher.state_dict().items())
+
+
+def test_without_steps_the_fit_is_all_and_statistics_stay_while_it_learns() -> None:
+    teacher = random_network(SMALL)
+
+    def recovered(**changes: Any) -> dict[str, torch.Tensor]:
+        network = pruned(teacher, plan_of(SMALL, KEPT))
+        return recover(network, teacher, RecoverySpec(**changes), IMAGES, KEPT).state_dict()
+
+    fitted, learned = (recovered(steps=steps, batch_size=6) for steps in (0, 3))
+    measured = recovered(steps=3, batch_size=6, batchnorm="images")
+    for name, value in fitted.items():
+        if "running" in name:
+            assert torch.equal(learned[name], value)
+            assert not torch.equal(measured[name], value)
+        elif "tracked" not in name:
+            assert not torch.equal(learned[name], value), name
 
 
 def test_one_image_a_step_is_refused() -> None:

@@ -58,6 +58,23 @@ def test_other_channels_make_up_for_a_part() -> None:
 
 def test_nothing_changes_where_nothing_went() -> None:
     teacher = network_at_rest(SMALL)
+    for how in ("teacher", "images"):
+        network = pruned(teacher, plan_of(SMALL, {}))
+        refit(network, teacher, {}, X, how)
+        assert apart(network, teacher) < 1e-6
+
+
+def test_a_few_odd_images_do_not_become_the_statistics() -> None:
+    """Dark images: statistics of theirs alone would undo what the network learned of others."""
+    teacher = network_at_rest(SMALL)
+    dark = 0.1 * X[:4] - 0.5
+    kept = {"block3_sepconv1_pointwise": tuple(range(15))}
+    found = {}
+    for how in ("teacher", "images"):
+        network = pruned(teacher, plan_of(SMALL, kept))
+        refit(network, teacher, kept, dark, how)
+        found[how] = apart(network, teacher)
     network = pruned(teacher, plan_of(SMALL, {}))
-    refit(network, teacher, {}, X)
+    refit(network, teacher, {}, dark)
     assert apart(network, teacher) < 1e-6
+    assert found["teacher"] < 0.1 * found["images"]

@@ -9,7 +9,15 @@ import pytest
 from edgexception.bench.statistics import wilson
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.record import Estimate, Executed, Fidelity, Row, Share, TimedUnder
+from edgexception.report.record import (
+    Estimate,
+    Executed,
+    Fidelity,
+    PruningEffect,
+    Row,
+    Share,
+    TimedUnder,
+)
 from edgexception.report.render import gate_lines
 
 
@@ -46,6 +54,9 @@ BOUNDS = {
 }
 
 
+PRUNED = {"pruned_top1_drop_max": (0.03, 0.02), "pruned_agreement_min": (0.97, 0.98)}
+
+
 def judged(gates: dict[str, float], *rows: Row) -> list[bool]:
     return [result.passed for result in judge(Gates(**gates), rows)]
 
@@ -59,9 +70,26 @@ def test_a_gate_passes_at_its_bound_and_is_missed_beyond(gate: str) -> None:
 
 
 def test_every_gate_is_a_field_and_only_set_gates_are_judged() -> None:
-    assert set(BOUNDS) == set(Gates.model_fields)
+    assert {*BOUNDS, *PRUNED} == set(Gates.model_fields)
     assert judged({}, row("fp32"), row()) == []
     assert len(judged(dict.fromkeys(BOUNDS, 0.5), row("fp32"), row())) == 6
+    assert [r.gate for r in judge(Gates(**dict.fromkeys(PRUNED, 0.5)), (row(), row()))] == [*PRUNED]
+
+
+@pytest.mark.parametrize("gate", PRUNED)
+def test_a_gate_of_pruning_is_judged_once_against_the_unpruned_network(gate: str) -> None:
+    near = Fidelity(agreement=share(97), sqnr_db=20.0, max_abs_difference=1.0)
+    effect = PruningEffect(fidelity=near, top1=(share(98), share(95)))
+    skipped = row(status="skipped", reason="no GPU")
+    for bound, passed in zip(PRUNED[gate], (True, False), strict=True):
+        (result,) = judge(Gates(**{gate: bound}), (row("fp32"), skipped, row()), effect)
+        assert (result.row, result.passed) == ("pruned network", passed)
+        assert result.value == PRUNED[gate][0]
+    (result,) = judge(Gates(**{gate: bound}), (row(),), None)
+    assert (result.passed, result.reason) == (False, "not measured")
+    unlabelled = effect.model_copy(update={"top1": None})
+    (result,) = judge(Gates(pruned_top1_drop_max=1.0), (row(),), unlabelled)
+    assert not result.passed
 
 
 @pytest.mark.parametrize("status", ["skipped", "failed", "built"])
