@@ -237,7 +237,7 @@ def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) 
     )
     model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.engine_key}.layers.json")
     times = Path(f"{place.key}.times.json")
-    # Named by the version: that it is one device, the kit's folder says.
+    # What a build timed is for one version and one device: a kit's folder lies on one.
     cache = Path(f"tensorrt-{version}.cache")
     both = (
         build_command(options, number, model, plan, cache, layers),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from command import Result, edgex, write_recipe
 from fakes import TroubledDevice
+from onnx import numpy_helper
 
+from edgexception import engine_stages
 from edgexception.ability import why_not_built, why_not_measured, why_not_run
 from edgexception.device import GpuFacts, ProbeRecord
 from edgexception.doctor import probe
+from edgexception.export import onnx_graph
 from edgexception.report.record import Report, Row
 from edgexception.targets import find_runtime, find_target
 
@@ -206,6 +212,58 @@ def test_what_turing_lacks_is_named_by_layer(
     assert "layer predictions (Gemm): is a float32 matrix product, which SM75 does not" in single
     assert "is not what its name says" in int8
     assert "(planned int8, runs in fp16, correlation Half to Half)" in int8
+
+
+def int32_bias(model: onnx.ModelProto) -> str:
+    """Write a layer's bias as ONNX Runtime reads it."""
+    name = "block2_sepconv1_pointwise"
+    nodes = model.graph.node
+    layer = next(node for node in nodes if node.name == name)
+    bias = next(i for i in model.graph.initializer if i.name == layer.input[2])
+    zeros = np.zeros(bias.dims, np.int32)
+    model.graph.initializer.append(numpy_helper.from_array(zeros, "integers"))
+    read = onnx.helper.make_node(
+        "DequantizeLinear", ["integers", f"{name}_weight_scale"], ["bias"], f"{name}_bias", axis=0
+    )
+    nodes.insert(list(nodes).index(layer), read)
+    layer.input[2] = "bias"
+    return f"layer {name}_bias (DequantizeLinear): dequantizes int32"
+
+
+def zero_point(model: onnx.ModelProto) -> str:
+    """Make the range of one activation asymmetric."""
+    read = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    zero = next(i for i in model.graph.initializer if i.name == read.input[2])
+    zero.CopyFrom(numpy_helper.from_array(np.int8(-5), zero.name))
+    return f"layer {read.name} (QuantizeLinear): has the zero point -5"
+
+
+@pytest.mark.parametrize("spoil", [int32_bias, zero_point])
+def test_a_wrong_graph_never_reaches_the_builder(
+    world: Path,
+    tmp_path: Path,
+    machine: ProbeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[onnx.ModelProto], str],
+) -> None:
+    without_gpu(monkeypatch, machine)
+    whole, told, asked = onnx_graph.to_onnx, list[str](), list[object]()
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        model = whole(*arguments, **options)
+        if options["plan"] is not None:
+            told.append(spoil(model))
+        return model
+
+    monkeypatch.setattr(onnx_graph, "to_onnx", spoiled)
+    monkeypatch.setattr(engine_stages, "ask_build", lambda *told: asked.append(told))
+    done, report = run("build-engine", world, tmp_path / "out", targets=[rtx()])
+    assert done.code == 4
+    assert report is not None
+    (row,) = report.rows
+    assert row.status == "failed"
+    assert told[0] in str(row.reason)
+    assert not asked
 
 
 def test_the_short_form_needs_no_word_of_activations(world: Path, tmp_path: Path) -> None:

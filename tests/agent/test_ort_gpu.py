@@ -131,6 +131,8 @@ def test_a_provider_that_takes_every_node_runs(tiny_onnx: Path, tmp_path: Path) 
     images = tiny_images(2)
     assert np.allclose(session.call(images), tiny_logits(images), atol=1e-3)
     assert session.settings["provider"] == "CPUExecutionProvider"
+    dynamic = Options(batch=1, threads=1, batches=(1, 2, 8))
+    assert np.allclose(adapter.open(engine, dynamic).call(images[:1]), session.call(images)[:1])
 
 
 def test_a_call_that_fails_is_not_tried_again_on_the_cpu(tiny_onnx: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tiny_engine import CLASSES, SIDE, tiny_images, tiny_logits, tiny_model
 
 from edgexception.device import BuildRecord, RunRecord, local_device
-from edgexception.errors import BadArtifact, UsageError
+from edgexception.errors import BadArtifact, OutOfResources, UsageError
 
 RUNTIMES = ("onnxruntime", "openvino")
 SHORT = {"warmup_ms": 5, "duration_ms": 20, "min_iterations": 12}
@@ -268,6 +268,24 @@ def test_a_model_that_breaks_the_contract_is_not_built(
     more = {"weights.bin": tmp_path / "weights.bin"} if fault == "external" else {}
     with pytest.raises(BadArtifact):
         build(tmp_path / "m.onnx", runtime, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_images_larger_than_any_memory_end_in_an_error(runtime: str, tmp_path: Path) -> None:
+    """Of 3 TB each; OpenVINO needs the memory when it builds, ONNX Runtime when it runs."""
+    model = tiny_model()
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    sizes[1].dim_value = sizes[2].dim_value = 1_000_000
+    onnx.save(model, tmp_path / "m.onnx")
+
+    def build_and_run() -> None:
+        record = build(tmp_path / "m.onnx", runtime, tmp_path / "built")
+        run(runtime, tmp_path / "built" / record.engine, tmp_path / "out", timing=SHORT)
+
+    with pytest.raises(OutOfResources) as caught:
+        build_and_run()
+    assert caught.value.exit_code == 6
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -184,6 +185,20 @@ def test_without_a_gpu_nothing_is_run(forms: dict[str, Path], tmp_path: Path) ->
     files = {name: tmp_path / "built" / name for name in (record.engine, "engine.json")}
     with pytest.raises(NotPossibleHere, match="no NVIDIA GPU here"):
         local_device().call("run", request, files, tmp_path / "out")
+
+
+def test_a_dynamic_engine_compiles_for_a_batch_before_it_runs_it() -> None:
+    """The real names of the library, on an engine that only notes what it is asked."""
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    config = SimpleNamespace()
+    engine = SimpleNamespace(
+        create_runtime_config=lambda: config, create_execution_context=lambda **told: told
+    )
+    context = load("tensorrt-rtx")._eager_context(engine)  # type: ignore[attr-defined]
+    assert context == {"runtime_config": config}
+    (strategy,) = vars(config).values()
+    assert strategy is trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert set(vars(config)) <= set(dir(trt.IRuntimeConfig))
 
 
 # --- graphs from a stranger

@@ -78,10 +78,9 @@ class Options:
 
 def is_batches(value: object) -> bool:
     """Whether a value from a file is None, or what `Batches` is as a list."""
-    if value is None:
-        return True
-    whole = isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
-    return whole and 1 <= value[0] <= value[1] <= value[2] <= MAX_BATCH  # type: ignore[index]
+    if not isinstance(value, list) or [type(number) for number in value] != [int] * 3:
+        return value is None
+    return bool(1 <= value[0] <= value[1] <= value[2] <= MAX_BATCH)
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,9 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
 
 def open(engine: Path, options: Options) -> Session:  # noqa: A001 - the adapter's contract
     """Open an engine on the first GPU; one that was built for another is refused by the library."""
-    log, runtime = _Log(), "tensorrt-rtx"
-    if options.batches is None:
-        return open_session(trt, trt.Runtime(log), engine, options, runtime, log)
+    log, context_of = _Log(), _eager_context if options.batches else None
     return open_session(
-        trt, trt.Runtime(log), engine, options, runtime, log, context_of=_eager_context
+        trt, trt.Runtime(log), engine, options, "tensorrt-rtx", log, context_of=context_of
     )
 
 

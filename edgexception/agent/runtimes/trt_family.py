@@ -73,11 +73,12 @@ def open_session(
     name: str,
     log: Any,
     profiler: Any = None,
-    context_of: Callable[[Any], Any] = lambda engine: engine.create_execution_context(),
+    context_of: Callable[[Any], Any] | None = None,
 ) -> Session:
     """Open an engine file on the first GPU; `log.why()` is what the library said.
 
-    A `profiler` is told the time of each layer at the end of each call.
+    A `profiler` is told the time of each layer at the end of each call. `context_of` makes the
+    engine's context where the default is not meant.
     """
     gpu = first_gpu()
     with blaming(f"{name} cannot open {engine.name} on {gpu['name']}"):
@@ -87,7 +88,7 @@ def open_session(
                 "bad-artifact", f"{name} cannot open {engine.name} on {gpu['name']}: {log.why()}"
             )
         shape, classes = _check_engine(trt, opened, options)
-        context = context_of(opened)
+        context = context_of(opened) if context_of else opened.create_execution_context()
         if options.batches is not None and not context.set_input_shape("images", shape):
             raise AgentError("bad-artifact", f"{name} takes no images {shape}: {log.why()}")
         if profiler is not None:
