@@ -58,11 +58,12 @@ SIDE = 299
 
 def target(recipe: Recipe, arguments: argparse.Namespace) -> list[Network]:
     """Return the unpruned network and what the recipe makes of it."""
-    out = arguments.out
-    return [
-        exported("unpruned", recipe.model_copy(update={"prune": None}), out),
-        exported("pruned", recipe, out),
-    ]
+    return [whole(recipe, arguments), exported("pruned", recipe, arguments.out)]
+
+
+def whole(recipe: Recipe, arguments: argparse.Namespace) -> Network:
+    """Return the unpruned network."""
+    return exported("unpruned", recipe.model_copy(update={"prune": None}), arguments.out)
 
 
 def speed(recipe: Recipe, arguments: argparse.Namespace) -> list[Network]:
@@ -76,7 +77,7 @@ def speed(recipe: Recipe, arguments: argparse.Namespace) -> list[Network]:
 
 def curve(recipe: Recipe, arguments: argparse.Namespace) -> list[Network]:
     """Return the unpruned network, and for every budget ours and torch-pruning's."""
-    networks = target(recipe, arguments)[:1]
+    networks = [whole(recipe, arguments)]
     for macs in arguments.budgets:
         reduced = at_budget(recipe, macs, arguments.steps, arguments.images)
         networks.append(exported(f"edgexception {macs:g}", reduced, arguments.out))
@@ -137,8 +138,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/pruning"))
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
-    whole = recipe.model_copy(update={"prune": None, "gates": Gates()})
-    report = run(whole, arguments.out, "import").report
+    bare = recipe.model_copy(update={"prune": None, "gates": Gates()})
+    report = run(bare, arguments.out, "import").report
     machine = report.machine
     names = ("torch", "onnxruntime", "openvino", "torch-pruning")
     print(
