@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import stat
 from pathlib import Path
@@ -157,5 +156,8 @@ def _death(verb: str, name: str, number: int, log: list[str]) -> EdgexError:
 
 
 def printable(text: str) -> str:
-    """Return the text as one bounded line without control characters: a device may send any."""
-    return re.sub(r"[^\S ]|[\x00-\x1f\x7f-\x9f]", " ", text).strip()[:2000]
+    """Return the text as one bounded line of printable characters: a device may send any.
+
+    What is not shown, or turns the direction of what is, becomes a space, too.
+    """
+    return "".join(each if each.isprintable() else " " for each in text).strip()[:2000]

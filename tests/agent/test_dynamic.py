@@ -149,12 +149,20 @@ def test_tensorrt_rtx_builds_for_a_range_of_batches(sm: int, tmp_path: Path) -> 
     assert len({hashlib.sha256(each).digest() for each in engines}) == 3
 
 
-def test_a_graph_of_a_fixed_batch_is_not_dynamic(tmp_path: Path) -> None:
+def test_a_graph_without_one_open_size_is_not_dynamic(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
-    onnx.save(tiny_model(batch=4), tmp_path / "m.onnx")
-    with pytest.raises(BadArtifact, match=r"m\.onnx reads images of \(4, 12, 12, 3\)"):
-        build("tensorrt-rtx", tmp_path / "m.onnx", tmp_path / "out", sm=89)
-    assert not (tmp_path / "out").exists()
+    scalar, open_width = tiny_model(), tiny_model()
+    del scalar.graph.input[0].type.tensor_type.shape.dim[:]
+    open_width.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "width"
+    for model, says in (
+        (tiny_model(batch=4), r"\(4, 12, 12, 3\)"),
+        (open_width, r"\(None, 12, None, 3\)"),
+        (scalar, r"\(\)"),
+    ):
+        onnx.save(model, tmp_path / "m.onnx")
+        with pytest.raises(BadArtifact, match=rf"m\.onnx reads images of {says}"):
+            build("tensorrt-rtx", tmp_path / "m.onnx", tmp_path / "out", sm=89)
+        assert not (tmp_path / "out").exists()
 
 
 # --- requests -----------------------------------------------------------------------------------

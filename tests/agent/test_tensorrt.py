@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +245,18 @@ def test_a_dla_core_that_is_not_there_is_refused(
     told = options(precision="fp16", dla_core=2, gpu_fallback=True)
     with pytest.raises(AgentError, match="no DLA core 2: this device has 2"):
         tensorrt.build(model, told, tmp_path / "e")
+
+
+def test_what_the_dla_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.3.0")
+    names = ("images_float", "conv1", "pool")
+    network = SimpleNamespace(
+        num_layers=3, get_layer=lambda number: SimpleNamespace(name=names[number])
+    )
+    config = SimpleNamespace(can_run_on_DLA=lambda layer: layer.name == "conv1")
+    wanted = BuildOptions(precision="fp16", dla_core=0, gpu_fallback=True)
+    assert tensorrt._not_on_dla(wanted, network, config) == ["images_float", "pool"]
+    assert tensorrt._not_on_dla(BuildOptions(precision="fp16"), network, config) == []
 
 
 def test_an_engine_for_a_dla_core_is_opened_on_that_core(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgexception.device import RecordedDevice
@@ -38,6 +38,7 @@ def written(folder: Path, content: Any) -> Path:
     return folder
 
 
+@example(content=results(calls=[{**call(), "inputs": {"\xad\u202e": None}}]))
 @given(
     content=JSON
     | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, JSON)).map(

@@ -185,7 +185,7 @@ def check_contract(
 ) -> tuple[tuple[int, int, int, int], int]:
     """Return image shape and classes of an engine given as (name, type, shape) of its ends.
 
-    That of a dynamic engine is the batch of `options`. Raises a bad-artifact AgentError when it
+    The batch of a dynamic engine is that of `options`. Raises a bad-artifact AgentError when it
     breaks the contract of this module's docstring.
     """
     found = f"it has inputs {list(inputs)} and outputs {list(outputs)}"

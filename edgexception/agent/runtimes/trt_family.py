@@ -1,6 +1,7 @@
 """What TensorRT and TensorRT-RTX share: their Python packages are one API under two names.
 
-`trt` is the package. Running an engine has not been done on hardware.
+`trt` is the package; names are those of python/src/infer/pyCore.cpp of NVIDIA/TensorRT, v10.3.0 to
+v11.0. Running an engine has not been done on hardware.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def profile_shapes(model: Path, options: Options) -> Shapes | None:
     """
     if options.batches is None:
         return None
-    batch, *size = input_sizes(model)
-    fixed = tuple(each for each in size if each is not None)
-    if batch is not None or len(fixed) != len(size):
+    sizes = input_sizes(model)
+    fixed = tuple(size for size in sizes[1:] if size is not None)
+    if sizes[:1] != (None,) or len(fixed) != len(sizes) - 1:
         raise AgentError(
             "bad-artifact",
-            f"{model.name} reads images of {(batch, *size)} (None is open): for a dynamic batch "
-            "that one size must be open; export it without a batch",
+            f"{model.name} reads images of {sizes} (None is open): for a dynamic batch that one "
+            "size must be open; export it without a batch",
         )
     least, best, greatest = options.batches
     return (least, *fixed), (best, *fixed), (greatest, *fixed)
