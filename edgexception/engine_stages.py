@@ -20,7 +20,7 @@ from edgexception.bench.protocol import Engine, build_engine, measure_latency, r
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice
 from edgexception.errors import NotPossibleHere, UsageError
-from edgexception.recipe import BenchSpec, Recipe, TargetSpec
+from edgexception.recipe import BenchSpec, Recipe, TargetSpec, TensorRtSpec
 from edgexception.report.assemble import Place
 from edgexception.resolver import version_for
 from edgexception.targets import extra_of, find_runtime, find_target
@@ -228,10 +228,17 @@ def places_of(recipe: Recipe, machine: ProbeRecord, kits: bool = False) -> Itera
             dialect = find_runtime(spec.target, runtime).dialect
             for precision in spec.precisions:
                 for batch in batches:
-                    told = spec.tensorrt if runtime == "tensorrt" else None
+                    told = _told(recipe, spec) if runtime == "tensorrt" else None
                     yield Place(
                         spec.target, runtime, dialect, precision, batch, threads, told, bounds
                     )
+
+
+def _told(recipe: Recipe, spec: TargetSpec) -> TensorRtSpec | None:
+    """Return what TensorRT is told: what the recipe says, and of weights that it makes sparse."""
+    if recipe.prune is None or recipe.prune.sparsity is None:
+        return spec.tensorrt
+    return (spec.tensorrt or TensorRtSpec()).model_copy(update={"sparse_weights": True})
 
 
 def check_target(spec: TargetSpec, machine: ProbeRecord) -> None:

@@ -25,6 +25,7 @@ from edgexception.imageset import first_images
 from edgexception.measuring import build_all, fault_noted, leave_kit, measure_all
 from edgexception.model_stages import find_checkpoint, import_model
 from edgexception.output import open_output
+from edgexception.prune.plan import load_prune_plan
 from edgexception.pruning import prune
 from edgexception.qat_stage import train_quantized
 from edgexception.recipe import (
@@ -273,6 +274,8 @@ def _weight_bits(spec: PtqSpec, recipe: Recipe, machine: ProbeRecord) -> int:
 def _export(state: RunState) -> None:
     """Export float32 always, and every form that a target or the recipe asks for."""
     spec = state.recipe.export
+    plan = None if state.pruning is None else load_prune_plan(state.pruning.file("prune.json"))
+    sparse = () if plan is None else plan.sparse
     asked = [Form(precision, name) for name in spec.dialects for precision in spec.precisions]
     for form in dict.fromkeys((Form("fp32"), *(p.form for p in state.places), *asked)):
         state.exports[form] = export(
@@ -282,6 +285,7 @@ def _export(state: RunState) -> None:
             form,
             spec.batch,
             state.calibration,
+            sparse,
         )
 
 

@@ -69,15 +69,16 @@ def plan_pruning(
     model: Artifact,
     spec: PruneSpec,
     align: int,
-    weighed: Artifact,
+    weighed: Artifact | None,
     timed: Timed | None = None,
     *,
     images: int | None,
     int8: bool,
 ) -> Artifact:
-    """Choose the channels that stay: `prune.json`.
+    """Choose the channels that stay, and the layers that become sparse: `prune.json`.
 
-    `images` is how many the importance was measured on. With `int8` a budget of size is one of
+    `weighed` is None without a budget: then all channels stay. `images` is how many the importance
+    was measured on. With `int8` a budget of size is one of
     INT8 weights.
     """
 
@@ -86,11 +87,11 @@ def plan_pruning(
 
         from edgexception.prune.budget import PRICES, Price, share_left, solve
         from edgexception.prune.plan import PlannedLatency, PrunePlan, changes
+        from edgexception.prune.sparse import layers_to_thin
         from edgexception.prune.structure import structure_of
 
         trained = load_model(model)
         structure = structure_of(trained.network.architecture, trained.preprocess.input_size)
-        scores = load_file(weighed.file("importance.safetensors"))
         prices = {**PRICES, "size": Price(partial(LayerShape.bytes_as, int8=int8))}
         if timed is not None:
             from edgexception.prune.latency import LatencyTable
@@ -98,7 +99,10 @@ def plan_pruning(
             text = timed.table.file("latency.json").read_bytes()
             table = LatencyTable.model_validate_json(text)
             prices["latency"] = Price(table.price(), timed.gain)
-        kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
+        kept = {}
+        if weighed is not None:
+            scores = load_file(weighed.file("importance.safetensors"))
+            kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
         latency = None
         if timed is not None:
             latency = PlannedLatency(
@@ -116,12 +120,14 @@ def plan_pruning(
             budgets=spec.budgets,
             images=images,
             latency=latency,
+            sparse=layers_to_thin(trained.network, structure, kept) if spec.sparsity else (),
         )
         (folder / "prune.json").write_text(plan.to_json() + "\n")
 
     inputs = {
         "model": model.digest,
-        "importance": weighed.digest,
+        "importance": None if weighed is None else weighed.digest,
+        "sparsity": spec.sparsity,
         "images": images,
         "ranking": spec.ranking,
         "align": align,
@@ -130,7 +136,8 @@ def plan_pruning(
         "latency": None if timed is None else [timed.table.digest, timed.gain],
         "versions": versions("torch"),
     }
-    return shop.once("prune-plan", f"{spec.ranking}, by {spec.importance}", inputs, write)
+    how = f"{spec.ranking}, by {spec.importance}" if weighed else "all channels stay"
+    return shop.once("prune-plan", how, inputs, write)
 
 
 def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifact:
@@ -182,11 +189,15 @@ def recover_pruned(
         begun = load_model(smaller)
         teacher = load_model(whole).network.requires_grad_(False)
         keeper = Keeper(shop.unfinished)
-        kept = load_prune_plan(planned.file("prune.json")).kept
+        plan = load_prune_plan(planned.file("prune.json"))
         told = training_report(shop)
-        network = recover(begun.network, teacher, spec, images, kept, keeper, told)
+        sparse = bool(plan.sparse)
+        network = recover(
+            begun.network, teacher, spec, images, plan.kept, keeper, told, sparse=sparse
+        )
         source = {
             **card_of(smaller).source,
+            **({"sparsity": f"2:4 in {len(plan.sparse)} layers"} if sparse else {}),
             "recovered": f"{spec.steps} steps on {len(images)} images",
         }
         write_model(TrainedModel(network, begun.classes, begun.preprocess, source), folder)

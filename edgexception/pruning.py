@@ -98,7 +98,7 @@ def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> None
     place = None if spec.latency is None else place_of(spec, shop.machine)
     align = widths_of(recipe, spec)
     images = state.calibration if spec.looks_at_images else None
-    weighed = weigh_channels(shop, model, spec.importance, images)
+    weighed = weigh_channels(shop, model, spec.importance, images) if spec.budgets else None
 
     def planned(timed: Timed | None) -> Artifact:
         count, int8 = None if images is None else len(images), recipe.quantize is not None

@@ -213,7 +213,7 @@ class TensorRtSpec(Spec):
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     """The GPUs that the engine opens on beside the one it is built on; may cost speed."""
     sparse_weights: bool = False
-    """Use kernels for weights with 2 zeros in every 4."""
+    """Use kernels for weights with 2 zeros in every 4. `prune: {sparsity: "2:4"}` sets it, too."""
     dla_core: Annotated[int, Field(ge=0, le=15)] | None = None
     """Run on this core of the Deep Learning Accelerator."""
     gpu_fallback: bool = False

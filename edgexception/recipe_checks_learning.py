@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from edgexception.errors import UsageError
 from edgexception.recipe import QatSpec, Recipe
@@ -18,8 +19,11 @@ def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
     spec = recipe.prune
     if spec is None:
         return
-    if not spec.budgets:
-        text = "has no budget; write `macs:`, `parameters:`, `size:` or `latency:` with a share"
+    if not spec.budgets and spec.sparsity is None:
+        text = (
+            "has no budget; write `macs:`, `parameters:`, `size:` or `latency:` with a share, or "
+            '`sparsity: "2:4"`'
+        )
         yield Fault(("prune",), text)
     if spec.looks_at_images and not recipe.calibration:
         yield Fault(
@@ -57,6 +61,38 @@ def _latency_has_an_engine(recipe: Recipe) -> Iterator[Fault]:
             ("prune", "precision"),
             f"{spec.precision} is not built there; built are: {', '.join(row.precisions)}",
         )
+
+
+_NO_SPARSE_KERNELS = {
+    "onnxruntime": "it has no kernels for them",
+    "openvino": "it has no kernels for them",
+    "onnxruntime-cuda": "it has no kernels for them",
+    "onnxruntime-tensorrt": "its TensorRT is not told of them",
+    "tensorrt-rtx": "it takes the option, and 1.7.1 builds the same engine, byte for byte",
+}
+
+
+def _sparsity_has_kernels(recipe: Recipe) -> Iterator[Fault]:
+    """One network for all targets: zeros that one of them only loses accuracy by are refused."""
+    spec = recipe.prune
+    if spec is None or spec.sparsity is None:
+        return
+    path: KeyPath = ("prune", "sparsity")
+    if spec.recovery is None:
+        yield Fault(path, "is chosen by the fit of `recovery:`; add that section")
+    for target in recipe.targets:
+        with suppress(UsageError):  # another rule names what is unknown
+            for runtime in target.runtime_names:
+                reason = _NO_SPARSE_KERNELS.get(runtime)
+                sm = find_target(target.target).sm
+                if sm is not None and sm < 80:
+                    reason = f"its GPU is SM{sm}, and sparse tensor cores begin with SM80"
+                if reason is not None:
+                    yield Fault(
+                        path,
+                        f"{runtime} on {target.target} gains nothing by 2:4 weights: {reason}; "
+                        "leave sparsity out, or give that target a recipe of its own",
+                    )
 
 
 def _learners(recipe: Recipe) -> Iterator[tuple[KeyPath, QatSpec | RecoverySpec]]:
@@ -105,6 +141,7 @@ def labelled(source: Source, path: KeyPath, purpose: str) -> Iterator[Fault]:
 LEARNING_RULES: tuple[tuple[str, Rule], ...] = (
     ("prune calibration", _pruning_has_what_it_needs),
     ("prune", _latency_has_an_engine),
+    ("prune targets", _sparsity_has_kernels),
     ("prune quantize", _learners_have_labels),
     ("prune quantize evaluation", _learners_have_not_seen_the_evaluation),
 )

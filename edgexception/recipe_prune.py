@@ -52,9 +52,10 @@ class RecoverySpec(Spec):
 
 
 class PruneSpec(Spec):
-    """Fewer channels: as many as a budget leaves, those that matter most.
+    """Fewer channels: as many as a budget leaves, those that matter most; or sparse weights, or
+    both.
 
-    One budget at least; of two, both hold.
+    One budget at least, or `sparsity`; of two budgets both hold.
     """
 
     macs: Budget | None = None
@@ -85,6 +86,10 @@ class PruneSpec(Spec):
     """A width that is cut becomes a multiple of this. Vector units and tensor cores work on 8, 16
     or 32 channels at once; the rest of such a set is computed and thrown away. None is what the
     rows of `target`, or of the recipe's targets, name; 8 without any."""
+    sparsity: Literal["2:4"] | None = None
+    """2:4: of every four input channels of a 1x1 convolution two weights become zero, those that
+    the others make up for best. TensorRT has kernels for it from SM80 on, and is told so. It needs
+    `recovery`, whose fit it is part of."""
     recovery: RecoverySpec | None = None
     """None leaves the network with the weights that it has."""
 
@@ -97,4 +102,4 @@ class PruneSpec(Spec):
     @property
     def looks_at_images(self) -> bool:
         """Whether the importance is measured on calibration images."""
-        return self.importance in ("activation", "taylor")
+        return bool(self.budgets) and self.importance in ("activation", "taylor")

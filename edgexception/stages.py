@@ -153,16 +153,18 @@ def export(
     form: Form,
     batch: int | None,
     images: ImageSet | None,
+    sparse: tuple[str, ...] = (),
 ) -> Artifact:
     """Write a network in one form: `model.onnx`, and `types.json` on its float16 nodes.
 
     `quantized` is None for forms without INT8. Where the form has float16 nodes, `images` show
-    which tensors stay within its range.
+    which tensors stay within its range. The layers of `sparse` must be 2:4 as written.
     """
     looked_at = images if form.dialect and "fp16" in _float_layers(form) else None
 
     def write(folder: Path) -> None:
         from edgexception.export.onnx_graph import to_onnx
+        from edgexception.export.sparse import check_sparse
         from edgexception.quantize.dialects import DIALECTS
 
         trained = load_model(model)
@@ -178,6 +180,7 @@ def export(
             batch=batch,
         )
         (folder / "model.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+        check_sparse(folder / "model.onnx", sparse)
 
     inputs = {
         "model": model.digest,
@@ -185,6 +188,7 @@ def export(
         "form": form.name,
         "images": None if looked_at is None else looked_at.digest,
         "batch": batch,
+        "sparse": sparse,
         "versions": versions("torch", "onnx"),
     }
     return shop.once("export", form.name, inputs, write)

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 from command import digits_sections, edgex, write_recipe
 
+from edgexception.agent.placement import sparse_layers
+from edgexception.device import ProbeRecord, local_device
+from edgexception.engine_stages import places_of
 from edgexception.model.checkpoint import load_checkpoint
 from edgexception.prune.plan import load_prune_plan
+from edgexception.recipe_file import load_recipe
 from edgexception.report.record import Report
 
 pytest.importorskip("sklearn")
@@ -105,6 +109,66 @@ def test_a_pruned_network_recovers_before_anything_else(tmp_path: Path) -> None:
     new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
     assert new == ["recover"], "labels are used"
     assert report.network.source["recovered"] == "2 steps on 1000 images"
+
+
+def test_sparse_weights_alone_reach_the_onnx_file_of_tensorrt(tmp_path: Path) -> None:
+    sparsity = {"sparsity": "2:4", "recovery": {"steps": 1, "batch_size": 8}}
+    new, report = ran(
+        tmp_path,
+        "export",
+        prune=sparsity,
+        quantize={"activations": "symmetric", "rounding": "learned"},
+        export={"dialects": ["tensorrt"], "precisions": ["int8-fp16"]},
+        evaluation=None,
+    )
+    assert new[:4] == ["train", "prune-plan", "prune", "recover"]
+    assert report.pruning is not None
+    assert report.pruning.macs[0] == report.pruning.macs[1]
+    for form in ("fp32", "int8-fp16-tensorrt"):
+        path = (tmp_path / f"out/onnx/{form}.onnx").resolve()
+        assert tuple(sparse_layers(path)) == report.pruning.sparse
+    assert len(report.pruning.sparse) == 7
+    page = (tmp_path / "out/report.md").read_text()
+    assert "2:4 sparse weights in 7 1x1 convolutions" in page
+    assert report.network.source["sparsity"] == "2:4 in 7 layers"
+
+
+@pytest.mark.parametrize(
+    ("target", "runtime", "reason"),
+    [
+        ("cpu-x86", "openvino", "openvino on cpu-x86 gains nothing by 2:4 weights: it has no"),
+        ("rtx-4090", "tensorrt-rtx", "1.7.1 builds the same engine, byte for byte"),
+        ("rtx-20", "tensorrt-rtx", "its GPU is SM75, and sparse tensor cores begin with SM80"),
+        ("nvidia-gpu", "onnxruntime-tensorrt", "its TensorRT is not told"),
+        ("jetson-orin-nx-16gb", "tensorrt", None),
+    ],
+)
+def test_sparse_weights_need_kernels_and_recovery(
+    tmp_path: Path, target: str, runtime: str, reason: str | None
+) -> None:
+    spec: dict[str, Any] = {"sparsity": "2:4", "recovery": {}}
+    asked = [{"target": target, "runtimes": [runtime], "precisions": ["fp32"]}]
+    absent = {"bench": None, "gates": None, "quantize": None}
+    sections = digits_sections(prune=spec, targets=asked, **absent)
+    done = edgex("check", write_recipe(tmp_path / "r.yaml", sections))
+    assert (done.code == 2) == (reason is not None), done.err
+    assert reason is None or reason in done.err
+    del spec["recovery"]
+    done = edgex("check", write_recipe(tmp_path / "r.yaml", sections))
+    assert "prune.sparsity: is chosen by the fit of `recovery:`; add that section" in done.err
+
+
+def test_tensorrt_is_told_of_sparse_weights(tmp_path: Path) -> None:
+    machine = ProbeRecord.model_validate(local_device().call("probe", {}, {}, tmp_path / "probe"))
+    spec = {"sparsity": "2:4", "recovery": {}}
+    target = {"target": "jetson-orin-nx-16gb", "runtimes": ["tensorrt"], "precisions": ["fp32"]}
+    absent = {"bench": None, "gates": None, "quantize": None}
+    for prune, told in ((spec, True), (None, None)):
+        sections = digits_sections(prune=prune, targets=[target], **absent)
+        recipe = load_recipe(write_recipe(tmp_path / "r.yaml", sections))
+        (place,) = places_of(recipe, machine, kits=True)
+        options = place.tensorrt_options
+        assert (options and options["sparse_weights"]) == told
 
 
 def test_flags_prune_a_checkpoint(world: Path, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Which layers of a network an engine runs in which precision, beside what was planned.
 
-The exporter writes what it planned into the ONNX file (`edgexception.layers`: precision and
-multiply-accumulates for one image, by layer). A runtime renames and fuses nodes; what it calls a
-kernel is led back to a layer through the nodes of that file: a convolution named after the ReLU
-behind it is still that convolution.
+The exporter writes what it planned into the ONNX file (`edgexception.layers`: precision,
+multiply-accumulates for one image, and "2:4" for sparse weights, by layer). A runtime renames and
+fuses nodes; what it calls a kernel is led back to a layer through the nodes of that file: a
+convolution named after the ReLU behind it is still that convolution.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edgexception.agent.onnx_file import Node, main_graph
 from edgexception.agent.protocol import AgentError
 
 METADATA = "edgexception.layers"
+SPARSE = "2:4"
 WIDEST_FIRST = ("fp32", "bf16", "fp16", "int8")
 
 _KINDS = {"Conv": "convolution", "Gemm": "dense"}
@@ -65,6 +66,13 @@ def placement(
     ]
 
 
+def sparse_layers(model: Path) -> list[str]:
+    """Return the layers of an ONNX file whose weights are marked as 2:4 sparse."""
+    metadata, _ = main_graph(model)
+    planned = _planned(metadata, model.name)
+    return [name for name, facts in planned.items() if "sparse" in facts]
+
+
 def _planned(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]:
     try:
         planned = json.loads(metadata.get(METADATA, "{}"))
@@ -80,7 +88,8 @@ def _planned(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]:
 def _is_planned(facts: object) -> bool:
     return (
         isinstance(facts, dict)
-        and set(facts) == {"precision", "macs"}
+        and {"precision", "macs"} <= set(facts) <= {"precision", "macs", "sparse"}
+        and facts.get("sparse", SPARSE) == SPARSE
         and facts["precision"] in WIDEST_FIRST
         and type(facts["macs"]) is int
         and facts["macs"] >= 0

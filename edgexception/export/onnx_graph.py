@@ -20,10 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
 from edgexception import __version__
+from edgexception.agent.placement import SPARSE
 from edgexception.errors import EdgexError
 from edgexception.export.lint import faults
 from edgexception.export.widen import widened
 from edgexception.model.graph import INPUT, PIXEL_OFFSET, module_of
+from edgexception.model.sparsity import is_sparse
 from edgexception.model.xception import Add, GlobalAveragePool, MaxPoolSame
 from edgexception.preprocess import Preprocess
 from edgexception.quantize.dialects import Dialect, has_half, rounded_reads, written_grids
@@ -55,7 +57,8 @@ def to_onnx(
 
     `types` says what is float16; None is float32 but for the plan's fp16 layers. `batch` None
     leaves the batch size open (a dimension named "batch"). Class names and preprocessing go into
-    `metadata_props`. Raises UsageError when the dialect cannot say the plan.
+    `metadata_props`, and of every layer its precision, its multiply-accumulates and whether the
+    weights that are written are 2:4 sparse. Raises UsageError when the dialect cannot say the plan.
     """
     if (plan is None) != (dialect is None):
         raise EdgexError("a plan needs a dialect to be written in, and a dialect a plan")
@@ -281,18 +284,19 @@ class _Writer:
     def _weights(self, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> list[str]:
         name, half = node.name, node.name in self.half
         weight = layer.weight.detach()
-        integer = self.plan is not None and name not in self.precision
+        grid = self.plan.weights[name] if self.plan and name not in self.precision else None
+        integers = None if grid is None else quantize_weight(weight, grid)
         self.layers[name] = {
-            "precision": "int8" if integer else _TYPED[half][0],
+            "precision": _TYPED[half][0] if grid is None else "int8",
             "macs": math.prod(self.sizes[name]) * weight[0].numel(),
         }
-        if self.plan is None or self.dialect is None or not integer:
+        if is_sparse(weight if integers is None else integers):
+            self.layers[name]["sparse"] = SPARSE
+        if grid is None or integers is None or self.dialect is None:
             names = [self.constant(f"{name}_weight", self._float(weight.numpy(), half))]
         else:
-            grid = self.plan.weights[name]
-            integers = quantize_weight(weight, grid).numpy()
             scales = self._float(grid.scales, half)
-            names = [self._dequantized(f"{name}_weight", integers, scales)]
+            names = [self._dequantized(f"{name}_weight", integers.numpy(), scales)]
             if layer.bias is not None and self.dialect.integer_bias:
                 steps = accumulator_scales(self.grids[cast(fx.Node, node.args[0]).name], grid)
                 bias = quantize_bias(name, layer.bias, steps)

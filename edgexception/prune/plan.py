@@ -137,6 +137,8 @@ class PrunePlan(_Data):
     images: int | None
     """Calibration images that the importance was measured on; None where it needs none."""
     latency: PlannedLatency | None = None
+    sparse: tuple[str, ...] = ()
+    """Layers of which two of every four weights become zero."""
 
     @property
     def macs(self) -> tuple[int, int]:

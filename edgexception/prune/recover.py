@@ -30,13 +30,16 @@ def recover(
     kept: Mapping[str, tuple[int, ...]] | None,
     keeper: Keeper | None = None,
     progress: Report | None = None,
+    *,
+    sparse: bool = False,
 ) -> Xception:
     """Train a pruned network in place and return it in eval mode; `teacher` is the unpruned one.
 
     First the weights are fitted to the teacher's layers (see `refit`); `kept` is the plan's, and
     None leaves them as they are. With `batchnorm: images` the statistics are at the end those of
-    the images under the final weights. Raises UsageError for a single image a step or a training that diverges, and
-    what `fit` raises.
+    the images under the final weights. With `sparse` the 1x1 convolutions are 2:4 after the fit,
+    and stay so. Raises UsageError for a single image a step or a training that diverges, and what
+    `fit` raises.
     """
     if min(len(images), spec.batch_size) < 2:
         raise UsageError(
@@ -48,7 +51,8 @@ def recover(
         count = max(2, REFIT_PIXELS // (height * width))
         with reproducible(spec.seed, spec.threads):
             chosen = np.sort(order(spec.seed, -1, len(images))[:count])
-            refit(network, teacher, kept, normalized(images, chosen), spec.batchnorm)
+            x = normalized(images, chosen)
+            refit(network, teacher, kept, x, spec.batchnorm, sparse=sparse)
     if spec.steps == 0:
         return network.eval()
     course = Course(

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from edgexception.model.xception import Xception
+from edgexception.prune.sparse import thinned
 from edgexception.prune.structure import group_names, is_spatial, trace
 
 RIDGE = 1e-2
@@ -36,19 +37,22 @@ def refit(
     kept: Mapping[str, tuple[int, ...]],
     x: torch.Tensor,
     batchnorm: Literal["teacher", "images"] = "teacher",
+    *,
+    sparse: bool = False,
 ) -> None:
     """Fit the weights of a pruned network in place, and bring its BatchNorm statistics up to date.
 
     `kept` are the channels of `teacher` that stay, by group (see `PrunePlan`); x is (n, 3, H, W);
     `batchnorm` is as of `RecoverySpec`. Spatial convolutions keep their weights: a channel of
-    theirs has no other to make up for.
+    theirs has no other to make up for. With `sparse` each 1x1 convolution that is fitted loses two
+    of every four weights (see `sparse`), before those after it are fitted.
     """
     training = network.training
     graph = trace(teacher)
     group = group_names(teacher, graph)
     rows = {name: torch.tensor(kept[of]) for name, of in group.items() if of in kept}
     with torch.no_grad():
-        _Both(network.eval(), teacher.eval(), graph, rows, batchnorm).run(x)
+        _Both(network.eval(), teacher.eval(), graph, rows, batchnorm, sparse).run(x)
     network.train(training)
 
 
@@ -69,12 +73,14 @@ class _Both(fx.Interpreter):
         graph: fx.Graph,
         rows: Mapping[str, torch.Tensor],
         batchnorm: str,
+        sparse: bool,
     ) -> None:
         super().__init__(fx.GraphModule(teacher, graph))
         self.network = network
         self.teacher = teacher
         self.rows = rows
         self.batchnorm = batchnorm
+        self.sparse = sparse
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
@@ -92,7 +98,9 @@ class _Both(fx.Interpreter):
             _move(layer, cast(nn.BatchNorm2d, wide), inputs[0], self.rows.get(n.name))
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and not is_spatial(n):
             wanted = whole[:, self.rows[n.name]] if n.name in self.rows else whole
-            _fit(layer, inputs[0].pruned, wanted)
+            power = _fit(layer, inputs[0].pruned, wanted)
+            if self.sparse and isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+                layer.weight.copy_(thinned(layer.weight, power))
         return _Pair(layer(*(pair.pruned for pair in inputs)), whole)
 
 
@@ -120,10 +128,11 @@ def _move(
     cast(torch.Tensor, norm.running_mean).copy_(moved - (first - mean) * ratio.sqrt())
 
 
-def _fit(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, wanted: torch.Tensor) -> None:
+def _fit(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Add to the weights what brings the outputs nearest to `wanted`, up to a constant a channel.
 
     The constant is the bias's; a layer without one has a BatchNorm after it, which takes it out.
+    Returns the power of the inputs around their mean, (inputs, inputs), with the ridge.
     """
     inputs = layer.weight[0].numel()
     outputs = layer.weight.shape[0]
@@ -144,6 +153,7 @@ def _fit(layer: nn.Conv2d | nn.Linear, x: torch.Tensor, wanted: torch.Tensor) ->
     layer.weight += change.view_as(layer.weight).float()
     if layer.bias is not None:
         layer.bias += ((errors - change @ sums) / count).float()
+    return power
 
 
 def _columns(layer: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor:

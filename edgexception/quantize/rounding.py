@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgexception.model.sparsity import zeros_of
 from edgexception.quantize.plan import WeightQuant
 
 DAMPING = 0.01
@@ -42,7 +43,7 @@ def learned_weight(
     """Return the weights of `layer` on `grid` that best repeat its outputs on `inputs`.
 
     The inputs (N, C, H, W) or (N, C) lie on their own grid already. Where the layer has a bias, its
-    mean output is left to that bias.
+    mean output is left to that bias. Weights that are 2:4 sparse stay so.
     """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight.detach().reshape(groups, len(layer.weight) // groups, -1).double()
@@ -53,7 +54,10 @@ def learned_weight(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     steps = torch.tensor(grid.scales, dtype=torch.float64).view(groups, -1)
     order = diagonal.argsort(dim=1, descending=True)
-    return _descend(weight, steps, grid.limit, inverse, order).float().view_as(layer.weight)
+    zeros = zeros_of(layer.weight.detach())
+    zeros = None if zeros is None else zeros.view(weight.shape)
+    found = _descend(weight, steps, grid.limit, inverse, order, zeros)
+    return found.float().view_as(layer.weight)
 
 
 def _second_moments(
@@ -105,15 +109,19 @@ def _descend(
     limit: int,
     inverse: torch.Tensor,
     order: torch.Tensor,
+    zeros: torch.Tensor | None,
 ) -> torch.Tensor:
     """Round (groups, rows, K) to multiples of `steps` (groups, rows), columns as in `order`.
 
-    `inverse` is that of the inputs' second moments, (groups, K, K).
+    `inverse` is that of the inputs' second moments, (groups, K, K); `zeros` (groups, rows, K) are
+    rounded to nothing but 0.
     """
     columns = order.unsqueeze(1)
     by_rows = inverse.gather(1, order.unsqueeze(2).expand_as(inverse))
     hand_on = torch.linalg.cholesky(by_rows.gather(2, columns.expand_as(inverse)), upper=True)
     weight = weight.gather(2, columns.expand_as(weight))
+    if zeros is not None:
+        zeros = zeros.gather(2, columns.expand_as(zeros))
     width = weight.shape[2]
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)
@@ -121,6 +129,8 @@ def _descend(
         for column in range(first, last):
             found = weight[:, :, column]
             rounded = torch.round(found / steps).clamp(-limit, limit) * steps
+            if zeros is not None:
+                rounded = rounded.masked_fill(zeros[:, :, column], 0.0)
             error = (found - rounded) / hand_on[:, column, column].unsqueeze(1)
             weight[:, :, column:last] -= error.unsqueeze(2) * hand_on[:, None, column, column:last]
             weight[:, :, column] = rounded

@@ -38,6 +38,7 @@ def pruning_of(
         macs=found.macs,
         parameters=found.parameters,
         layers=found.layers,
+        sparse=found.sparse,
         latency=latency,
         effect=effect,
     )

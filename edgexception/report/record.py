@@ -394,6 +394,8 @@ class Pruning(Record):
     macs: tuple[int, int]
     parameters: tuple[int, int]
     layers: tuple[LayerChange, ...]
+    sparse: tuple[str, ...] = ()
+    """Layers with 2:4 sparse weights."""
     latency: PruningLatency | None = None
     """Where the budget is one of latency."""
     effect: PruningEffect | None = None

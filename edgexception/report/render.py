@@ -304,11 +304,18 @@ def pruning_lines(found: Pruning | None) -> Iterator[str]:
         return
     asked = " and ".join(f"{share:g} of the {name}" for name, share in found.budgets.items())
     images = f" on {found.images} images" if found.images else ""
-    yield (
-        f"pruned to {asked}: {_left(found.macs)} of the multiply-accumulates and "
-        f"{_left(found.parameters)} of the parameters are left; {found.ranking} ranking by "
-        f"{found.importance}{images}, widths in multiples of {found.align}"
-    )
+    if asked:
+        yield (
+            f"pruned to {asked}: {_left(found.macs)} of the multiply-accumulates and "
+            f"{_left(found.parameters)} of the parameters are left; {found.ranking} ranking by "
+            f"{found.importance}{images}, widths in multiples of {found.align}"
+        )
+    if found.sparse:
+        macs = sum(layer.macs[1] for layer in found.layers if layer.layer in found.sparse)
+        yield (
+            f"2:4 sparse weights in {len(found.sparse)} 1x1 convolutions, "
+            f"{_part(macs / found.macs[1])} of the multiply-accumulates"
+        )
     if found.latency is not None:
         asked_for, check = found.budgets["latency"], found.latency.check
         whole, left = check.median_ms

@@ -22,6 +22,7 @@ from torch import nn
 
 from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.imageset import ImageSet
+from edgexception.model.sparsity import zeros_of
 from edgexception.train import processes
 from edgexception.train.batchnorm import norms, whole_batch_statistics
 from edgexception.train.objective import Objective
@@ -76,6 +77,8 @@ def fit(
     progress: Report | None = None,
 ) -> None:
     """Train a network in place, together with every other process that there is.
+
+    1x1 convolutions whose weights are 2:4 sparse stay so.
 
     With a `keeper`, goes on from the state that it has, and saves one now and then.
 
@@ -175,6 +178,7 @@ class _Job:
             loss = self.objective.losses(self.network, x, labels).sum() / len(chosen)
         training.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        training.hold_zeros()
         value = processes.add_up_gradients(training.parameters, loss.item())
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value} in epoch {epoch + 1}, step {batch + 1}")
@@ -202,6 +206,13 @@ class _Training:
         self.names = [names[id(p)] for p in self.parameters]
         self.optimizer = torch.optim.AdamW(groups, lr=course.learning_rate)
         self.average = [p.detach().clone() for p in self.parameters] if course.ema else []
+        self.zeros = [zeros_of(p.detach()) for p in self.parameters]
+
+    def hold_zeros(self) -> None:
+        """Take the gradients of the zeros of 2:4 weights away: AdamW then leaves them zero."""
+        for zeros, parameter in zip(self.zeros, self.parameters, strict=True):
+            if zeros is not None and parameter.grad is not None:
+                parameter.grad.masked_fill_(zeros, 0.0)
 
     def update(self, step: int) -> None:
         """Move every parameter by its gradient, and the average after them."""

@@ -18,6 +18,7 @@ from narrow import minmax_plan, preprocess_of, random_images, small_graph
 from test_cuda import FakeDriver, use
 from tiny_engine import tiny_model
 
+from edgexception.agent.placement import METADATA
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import MODULES, TIMING_CACHE, Options, cuda, load
 from edgexception.agent.tensorrt_options import BuildOptions
@@ -136,12 +137,26 @@ def test_every_option_reaches_the_builder(
 ) -> None:
     tensorrt, package = adapter(monkeypatch, "10.13.3")
     told = options(workspace_bytes=64 << 20, sparse_weights=True)
-    record = tensorrt.build(model, told, tmp_path / "e")
+    with pytest.raises(AgentError, match=r"sparse_weights: no layer of model\.onnx has 2 zeros"):
+        tensorrt.build(model, told, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+    record = tensorrt.build(marked_sparse(model, tmp_path / "sparse.onnx"), told, tmp_path / "e")
     config = package.config
     assert config.get_memory_pool_limit(package.MemoryPoolType.WORKSPACE) == 64 << 20
     assert config.get_flag(package.BuilderFlag.SPARSE_WEIGHTS)
     assert record["settings"]["flags"] == ["SPARSE_WEIGHTS", "no TF32"]
     assert record["settings"]["memory_pools"] == {"WORKSPACE": 64 << 20}
+
+
+def marked_sparse(model: Path, path: Path) -> Path:
+    """Write a file again with the mark of 2:4 weights on one layer."""
+    proto = onnx.load(model)
+    mark = next(prop for prop in proto.metadata_props if prop.key == METADATA)
+    facts = json.loads(mark.value)
+    facts[CONVOLUTIONS[0]]["sparse"] = "2:4"
+    mark.value = json.dumps(facts)
+    onnx.save(proto, path)
+    return path
 
 
 def test_options_that_a_version_has_not_are_refused_before_the_builder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import signal
@@ -14,22 +15,34 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from narrow import minmax_plan, preprocess_of, random_images, small_graph
+from narrow import minmax_plan, preprocess_of, random_images, random_network, small_graph
 from onnx import numpy_helper
 from tiny_engine import tiny_model
 
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, cuda, load
+from edgexception.architecture import Architecture
 from edgexception.device import BuildRecord, LocalDevice, ProbeRecord, local_device
 from edgexception.errors import BadArtifact, EdgexError, NotPossibleHere, OutOfResources, UsageError
 from edgexception.export.lint import faults
 from edgexception.export.onnx_graph import to_onnx
-from edgexception.model.graph import layers, to_graph_input
+from edgexception.model.graph import inference_graph, layers, to_graph_input
+from edgexception.model.sparsity import is_sparse
+from edgexception.prune.refit import refit
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.half import peaks_of, type_graph
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
+WIDE = Architecture(
+    stem=(16, 32),
+    entry=((256, 256),),
+    middle=((256, 256),),
+    exit=(256, 256),
+    tail=(256,),
+    head=(5,),
+)
+"""Channels by the hundred, which sparse kernels are for."""
 GPUS = (75, 80, 86, 89, 120, 121)
 SIZE = (40, 40)
 IMAGES = random_images(2, SIZE)
@@ -299,3 +312,40 @@ def test_a_crash_of_the_library_costs_the_child_alone(
 def test_an_engine_of_another_gpu_is_not_guessed(tiny_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="give `sm`"):
         load("tensorrt-rtx").build(tiny_onnx, Options(1, 1), tmp_path / "engine")
+
+
+@pytest.mark.parametrize("sm", [86, 89])
+def test_the_option_for_sparse_weights_changes_no_byte(sm: int) -> None:
+    """So `prune.sparsity` is refused for it: see recipe_checks_learning.py."""
+    import tensorrt_rtx_bindings as trt  # noqa: PLC0415
+
+    network = random_network(WIDE)
+    refit(network, copy.deepcopy(network), {}, torch.randn(4, 3, *SIZE), sparse=True)
+    graph = inference_graph(network, preprocess_of(SIZE))
+    assert any(is_sparse(layer.weight) for layer in layers(graph).values())
+    plan = minmax_plan(graph, IMAGES, symmetric=True)
+    types = type_graph(
+        graph, plan, "fp16", peaks_of(graph, [to_graph_input(torch.from_numpy(IMAGES))])
+    )
+    model = to_onnx(
+        graph,
+        preprocess_of(SIZE),
+        None,
+        plan=plan,
+        dialect=DIALECTS["tensorrt"],
+        types=types,
+        batch=1,
+    )
+    engines = []
+    for sparse in (False, True):
+        log = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(log)
+        wanted = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        assert trt.OnnxParser(wanted, log).parse(model.SerializeToString())
+        config = builder.create_builder_config()
+        if sparse:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+        engines.append(bytes(builder.build_serialized_network(wanted, config)))
+    assert engines[0] == engines[1]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgexception.agent import machine
 from edgexception.agent.onnx_file import operators
+from edgexception.agent.placement import sparse_layers
 from edgexception.agent.protocol import AgentError, progress
 from edgexception.agent.runtimes import (
     PROFILE_WARM_UP,
@@ -117,6 +118,12 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     shapes = profile_shapes(model, options)
     wanted = replace(_build_options(options), shapes=shapes)
     check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
+    if wanted.sparse_weights and not sparse_layers(model):
+        raise AgentError(
+            "usage",
+            f"sparse_weights: no layer of {model.name} has 2 zeros in every 4 weights; prune with "
+            "`sparsity`, or leave it out",
+        )
     log = _Log()
     with blaming(f"tensorrt cannot build {model.name}"):
         calls = builder_calls(wanted, number)
