@@ -257,6 +257,7 @@ def test_what_the_device_says_wins_and_the_difference_is_told() -> None:
 )  # fmt: skip
 def test_every_release_tells_what_a_dla_computes_in(target: str, told: dict[str, str]) -> None:
     """A module without one says so once, and its releases say nothing of it."""
+    assert any("tensorrt graphs to ONNX opset" in line for line in fact_lines(target))
     found = {}
     for line in fact_lines(target):
         if line.startswith("JetPack ") and ", DLA " in line:
