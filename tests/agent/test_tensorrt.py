@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,16 @@ def test_a_dla_core_that_is_not_there_is_refused(
     told = options(precision="fp16", dla_core=2, gpu_fallback=True)
     with pytest.raises(AgentError, match="no DLA core 2: this device has 2"):
         tensorrt.build(model, told, tmp_path / "e")
+
+
+def test_layers_that_the_dla_cannot_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt, _ = adapter(monkeypatch, "10.3.0")
+    layers = [SimpleNamespace(name=name) for name in ("conv", "avg_pool_mean")]
+    network = SimpleNamespace(num_layers=2, get_layer=layers.__getitem__)
+    config = SimpleNamespace(can_run_on_DLA=lambda layer: layer.name == "conv")
+    wanted = BuildOptions(precision="fp16", dla_core=0, gpu_fallback=True)
+    assert tensorrt._not_on_dla(wanted, network, config) == ["avg_pool_mean"]
+    assert tensorrt._not_on_dla(BuildOptions(precision="fp16"), network, config) == []
 
 
 def test_an_engine_for_a_dla_core_is_opened_on_that_core(
