@@ -217,7 +217,7 @@ def fact_lines(target: str) -> Iterator[str]:
         yield (
             f"JetPack {release.jetpack}{how}: TensorRT {release.tensorrt}, L4T "
             f"{release.l4t or 'unknown'}, CUDA {release.cuda or 'unknown'}, Python "
-            f"{release.python}{_dla_with(target, release.tensorrt)} ({release.source})"
+            f"{release.python}{_reads(target, release.tensorrt)} ({release.source})"
         )
 
 
@@ -254,13 +254,14 @@ def _dla_precisions(target: str, version: str) -> tuple[str, ...]:
     return tuple(kind for kind, options in on_dla.items() if _fits(target, options, version))
 
 
-def _dla_with(target: str, version: str) -> str:
-    """Say what a module's DLA computes in with a version; nothing where either is not known."""
-    if not find_target(target).integer("dla_cores") or not _fits(
-        target, BuildOptions("fp16"), version
-    ):
+def _reads(target: str, version: str) -> str:
+    """Say which graphs a version reads, and what a DLA computes in; nothing of one not known."""
+    if not _fits(target, BuildOptions("fp16"), version):
         return ""
-    return f", DLA {' and '.join(_dla_precisions(target, version)) or 'none'}"
+    found = resolve(target, BuildOptions("fp16"), version)
+    line = f", {found.dialect} graphs to ONNX opset {found.opset or 'unknown'}"
+    has_dla = find_target(target).integer("dla_cores")
+    return f"{line}, DLA {' and '.join(found.dla) or 'none'}" if has_dla else line
 
 
 def _nearest(target: str, options: BuildOptions, version: str) -> str | None:

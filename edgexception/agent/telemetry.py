@@ -51,9 +51,7 @@ class Telemetry:
             for zone in sorted(_THERMAL.glob("thermal_zone*"))[:32]
         }
         self._counters = _counters()
-        self._gpus = [
-            path / "cur_freq" for path in sorted(_DEVFREQ.glob("*")) if path.name.endswith(_GPUS)
-        ]
+        self._gpus = [path for path in sorted(_DEVFREQ.glob("*")) if path.name.endswith(_GPUS)]
 
     def pause(self, now_ns: int) -> None:
         """Take a sample if one is due; called between two iterations."""
@@ -72,7 +70,8 @@ class Telemetry:
                 # Threads that wait in a spin use it whole: less than wall time x threads means
                 # that others had the cores.
                 "process_cpu_ns": time.process_time_ns(),
-                "gpu_mhz": [hz / 1e6 for hz in map(_number, self._gpus) if hz is not None],
+                "gpu_mhz": [hz / 1e6 for hz in self._devfreq("cur_freq") if hz is not None],
+                "gpu_held": self._held(),
                 "celsius": self._celsius(),
                 "throttle": {
                     name: count
@@ -100,6 +99,14 @@ class Telemetry:
         """End what was started to observe."""
         self._tegrastats.close()
         self._nvml.close()
+
+    def _devfreq(self, name: str) -> list[int | None]:
+        return [_number(gpu / name) for gpu in self._gpus]
+
+    def _held(self) -> bool | None:
+        """Tell whether the GPU may have one clock alone, as jetson_clocks leaves it."""
+        lowest, highest = self._devfreq("min_freq"), self._devfreq("max_freq")
+        return lowest == highest if lowest and None not in lowest else None
 
     def _mhz(self) -> list[float]:
         """MHz per core this process may use; [] where the kernel does not say."""

@@ -67,6 +67,8 @@ class Sample(BaseModel):
     phase: str
     cpu_mhz: list[float]
     gpu_mhz: list[float]
+    gpu_held: bool | None = None
+    """Whether the GPU may have one clock alone, as jetson_clocks leaves it; None is not told."""
     celsius: dict[str, float]
     throttle: dict[str, int]
     """Counters by name; one that has risen since the first sample has throttled."""
@@ -136,6 +138,8 @@ class Conditions:
     """Of them, those taken while something throttled."""
     reasons: tuple[str, ...]
     power_mode: str | None
+    clocks_held: bool | None
+    """Whether the GPU's clock was held all the time, as jetson_clocks does; None is not told."""
     clock_mhz: tuple[float, float] | None
     """Lowest and highest, of the GPU where there is one, else of the fastest core."""
     hottest: tuple[str, float] | None
@@ -167,11 +171,13 @@ def conditions(
         for sample in wanted
     ]
     heat = [item for samples in timed for s in samples for item in s.temperatures.items()]
+    held = {sample.gpu_held for samples in timed for sample in samples} or {None}
     return Conditions(
         samples=len(marks),
         marked=sum(bool(found) for found in marks),
         reasons=tuple(dict.fromkeys(reason for found in marks for reason in found)),
         power_mode=power_mode,
+        clocks_held=None if None in held else all(held),
         clock_mhz=(min(clocks), highest) if clocks else None,
         hottest=max(heat, key=lambda item: item[1], default=None),
         energy=_energy(rounds, times, batch),

@@ -66,6 +66,8 @@ class TimedUnder(Record):
     reasons: tuple[str, ...]
     throttled: bool
     power_mode: str | None
+    clocks_held: bool | None = None
+    """Whether a Jetson's GPU was held at one clock, as jetson_clocks does; None is not told."""
     clock_mhz: tuple[float, float] | None
     """Lowest and highest, of the GPU where one is told, else of the fastest core."""
     hottest: tuple[str, float] | None

@@ -184,6 +184,7 @@ def condition_lines(rows: Sequence[Row]) -> Iterator[str]:
             )
         if found.energy is not None:
             e, mode = found.energy, f", power mode {found.power_mode}" if found.power_mode else ""
+            mode += ", clocks held" if found.clocks_held else ""
             yield (
                 f"{row_name(row)}: {e.millijoules:.2f} mJ an image: {e.busy_watts:.2f} W less "
                 f"{e.idle_watts:.2f} W idle, of {' + '.join(e.rails)}{mode}"

@@ -262,15 +262,13 @@ def test_a_dla_core_that_is_not_there_is_refused(
         tensorrt.build(model, told, tmp_path / "e")
 
 
-def test_what_the_dla_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_the_dla_cannot_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt, _ = adapter(monkeypatch, "10.3.0")
-    names = ("images_float", "conv1", "pool")
-    network = SimpleNamespace(
-        num_layers=3, get_layer=lambda number: SimpleNamespace(name=names[number])
-    )
-    config = SimpleNamespace(can_run_on_DLA=lambda layer: layer.name == "conv1")
+    layers = [SimpleNamespace(name=name) for name in ("conv", "avg_pool_mean")]
+    network = SimpleNamespace(num_layers=2, get_layer=layers.__getitem__)
+    config = SimpleNamespace(can_run_on_DLA=lambda layer: layer.name == "conv")
     wanted = BuildOptions(precision="fp16", dla_core=0, gpu_fallback=True)
-    assert tensorrt._not_on_dla(wanted, network, config) == ["images_float", "pool"]
+    assert tensorrt._not_on_dla(wanted, network, config) == ["avg_pool_mean"]
     assert tensorrt._not_on_dla(BuildOptions(precision="fp16"), network, config) == []
 
 

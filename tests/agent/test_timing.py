@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 
 import pytest
 
+from edgexception.agent import telemetry as telemetry_module
 from edgexception.agent import timing
 from edgexception.agent.telemetry import INTERVAL_NS, Telemetry
 
@@ -58,3 +60,53 @@ def test_telemetry_is_sampled_when_due_only() -> None:
     rss = telemetry.samples[0]["rss_bytes"]
     assert isinstance(rss, int)
     assert rss > 1 << 20
+
+
+def _tree(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+def test_the_kernel_tells_clocks_temperatures_and_throttling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files as the kernel of a Jetson has them: devfreq, thermal zones, cooling devices, hwmon."""
+    gpu = "devfreq/17000000.gpu"
+    _tree(
+        tmp_path,
+        {
+            f"{gpu}/cur_freq": "918000000",
+            f"{gpu}/min_freq": "306000000",
+            f"{gpu}/max_freq": "918000000",
+            "devfreq/31b10000.emc/cur_freq": "1",
+            "thermal/thermal_zone0/type": "cpu-thermal",
+            "thermal/thermal_zone0/temp": "52500",
+            "thermal/thermal_zone1/type": "off-thermal",
+            "thermal/cooling_device0/type": "pwm-fan",
+            "thermal/cooling_device0/cur_state": "3",
+            "thermal/cooling_device1/type": "cpufreq-cpu0",
+            "thermal/cooling_device1/cur_state": "2",
+            "hwmon/hwmon3/oc1_event_cnt": "7",
+        },
+    )
+    monkeypatch.setattr(telemetry_module, "_DEVFREQ", tmp_path / "devfreq")
+    monkeypatch.setattr(telemetry_module, "_THERMAL", tmp_path / "thermal")
+    monkeypatch.setattr(telemetry_module, "_HWMON", tmp_path / "hwmon")
+    monkeypatch.setattr(telemetry_module, "_CPU", tmp_path / "cpu")
+    telemetry = Telemetry()
+    telemetry.sample()
+    _tree(tmp_path, {f"{gpu}/min_freq": "918000000"})
+    telemetry.sample()
+    first, second = telemetry.samples
+    assert first["gpu_mhz"] == [918.0]
+    assert (first["gpu_held"], second["gpu_held"]) == (False, True), "jetson_clocks was run"
+    assert first["celsius"] == {"thermal_zone0:cpu-thermal": 52.5}
+    assert first["throttle"] == {
+        "hwmon3 oc1_event_cnt": 7,
+        "cooling_device1 (cpufreq-cpu0)": 2,
+    }, "a fan does not slow anything down"
+    (tmp_path / gpu / "min_freq").unlink()
+    telemetry.sample()
+    assert telemetry.samples[-1]["gpu_held"] is None

@@ -106,6 +106,18 @@ def test_rails_that_are_told_in_one_phase_only_give_no_energy(tmp_path: Path) ->
     assert judged(tmp_path, idle).energy is None
 
 
+@pytest.mark.parametrize(
+    ("told", "held"),
+    [((True, True), True), ((True, False), False), ((True, None), None), ((), None)],
+)
+def test_clocks_are_held_where_they_were_all_the_time(
+    tmp_path: Path, told: tuple[bool | None, ...], held: bool | None
+) -> None:
+    samples = [sample("timing", gpu_held=each) for each in told]
+    found = judged(tmp_path, sample("warm-up", gpu_held=False), *samples)
+    assert found.clocks_held is held
+
+
 # --- a desktop GPU, as NVML tells of it -----------------------------------------------------------
 
 

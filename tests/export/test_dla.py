@@ -22,10 +22,12 @@ from narrow import (
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
+from edgexception.architecture import Architecture
 from edgexception.errors import BadArtifact
 from edgexception.export.dla import DlaLayer, dla_plan, plan_dla
 from edgexception.export.onnx_graph import to_onnx
 from edgexception.model.graph import inference_graph, to_graph_input
+from edgexception.model.xception import Xception
 from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.half import peaks_of, type_graph
 
@@ -153,6 +155,19 @@ def test_an_fp16_network_runs_on_the_dla_but_for_its_ends() -> None:
         layer.macs for layer in plan.layers if layer.precision
     )
     assert not any(layer.float32 for layer in plan.layers)
+
+
+def test_the_paper_s_network_runs_on_the_dla_but_for_its_ends() -> None:
+    """At 299x299; where its weights have been trained to changes nothing."""
+    size = (299, 299)
+    network = Xception(Architecture()).eval().requires_grad_(False)
+    graph = inference_graph(network, preprocess_of(size))
+    types = type_graph(graph, None, "fp16", {node.name: 1.0 for node in graph.graph.nodes})
+    plan = dla_plan(to_onnx(graph, preprocess_of(size), None, types=types))
+    on_dla = [layer for layer in plan.layers if layer.precision == "fp16"]
+    assert (len(on_dla), len(plan.layers)) == (126, 132)
+    share = sum(layer.macs for layer in on_dla) / sum(layer.macs for layer in plan.layers)
+    assert 0.9997 < share < 0.9998
 
 
 def test_int8_is_for_layers_with_a_scale_at_both_ends() -> None:

@@ -164,12 +164,14 @@ def test_throttling_and_energy_stand_beside_the_times() -> None:
     energy = Energy(millijoules=12.345, busy_watts=9.0, idle_watts=4.5, rails=("VDD_IN",))
     hot = TimedUnder(
         samples=4, marked=1, reasons=("oc1|count rose",), throttled=True, power_mode="15W",
-        clock_mhz=(600.0, 1020.0), hottest=("tj", 95.0), energy=energy,
+        clocks_held=True, clock_mhz=(600.0, 1020.0), hottest=("tj", 95.0), energy=energy,
     )  # fmt: skip
     found = report((row(conditions=hot),))
     text, page = to_text(found), to_markdown(found)
     assert "throttled in 1 of 4 samples (oc1|count rose)" in text
-    assert "12.35 mJ an image: 9.00 W less 4.50 W idle, of VDD_IN, power mode 15W" in text
+    assert (
+        "12.35 mJ an image: 9.00 W less 4.50 W idle, of VDD_IN, power mode 15W, clocks held" in text
+    )
     assert tables(page)[2][4] == "measured (throttled)"
     assert "oc1\\|count rose" in page
     assert "throttled" not in to_markdown(report((row(),)))
