@@ -198,7 +198,8 @@ def commands(
     """Return the lines that build and measure with trtexec of a version; what it cannot is said."""
     lines = [
         f"# trtexec of TensorRT {version}, in the kit's folder. CUDA graph and spin-wait are off,",
-        "# copies between host and device are in the times. `edgex` does not read these results.",
+        "# copies between host and device are in the times, one inference follows the other.",
+        "# `edgex` does not read these results.",
     ]
     for place in places:
         if place.runtime != "tensorrt":
@@ -218,17 +219,18 @@ def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) 
     number, plan = parse_version(version), Path(f"{place.key}.plan")
     measure = MeasureOptions(
         warmup_ms=bench.warmup_ms,
-        duration_s=max(1, -(-bench.duration_ms // 1000)),
+        duration_ms=bench.duration_ms,
         min_iterations=bench.min_iterations,
         cuda_graph=False,
         spin_wait=False,
         transfers=True,
+        overlap=False,
     )
     model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.key}.layers.json")
     times = Path(f"{place.key}.times.json")
     both = (
         build_command(options, number, model, plan, layers=layers),
-        measure_command(measure, number, plan, times, options.dla_core),
+        measure_command(measure, number, plan, times, options.dla_core, shape=shape),
     )
     return [" ".join(("trtexec", *arguments)) for arguments in both]
 

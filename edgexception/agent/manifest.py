@@ -61,8 +61,8 @@ def write(
     write_json(folder / FILE, content)
 
 
-def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> None:
-    """Raise an AgentError unless an engine is the one of its manifest and fits this machine."""
+def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest; raise an AgentError unless it fits its engine and this machine."""
     found = _read(path)
     if found["runtime"] != runtime:
         raise AgentError(
@@ -89,6 +89,7 @@ def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> None
             f"{engine.name} was not built for this machine: {'; '.join(wrong)}. Build it here with "
             "`edgex build-engine`",
         )
+    return found
 
 
 def _has(facts: dict[str, Any]) -> dict[str, Any]:
