@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 
 from edgexception import __version__
 from edgexception.agent.kit import FORMAT, KIT
+from edgexception.agent.onnx_file import OPEN, ends
 from edgexception.agent.runtimes import ENGINE_FILES
 from edgexception.agent.tensorrt_options import (
     BuildOptions,
@@ -102,6 +103,7 @@ def plan_kit(
     if images is not None:
         files["images.npy"] = images.file("images.npy")
         known["images.npy"] = images.files["images.npy"]
+    fixed = {form for form, found in models.items() if _has_fixed_batch(found)}
     content = {
         "format": FORMAT,
         "edgexception": __version__,
@@ -115,7 +117,7 @@ def plan_kit(
         (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(),
         files,
         {
-            f"commands/tensorrt-{version}.sh": commands(places, version, size, bench)
+            f"commands/tensorrt-{version}.sh": commands(places, version, size, bench, fixed)
             for version in COMMAND_VERSIONS
             if any(place.runtime == "tensorrt" for place in places)
         },
@@ -192,10 +194,22 @@ def _digests(known: Mapping[str, FileRecord]) -> dict[str, str]:
 # --- trtexec --------------------------------------------------------------------------------------
 
 
+def _has_fixed_batch(exported: Artifact) -> bool:
+    inputs, _ = ends(exported.file("model.onnx"))
+    return all(shape[:1] != (OPEN,) for _, _, shape in inputs)
+
+
 def commands(
-    places: Sequence[Place], version: str, size: tuple[int, int], bench: BenchSpec | None
+    places: Sequence[Place],
+    version: str,
+    size: tuple[int, int],
+    bench: BenchSpec | None,
+    fixed: Collection[str] = (),
 ) -> str:
-    """Return the lines that build and measure with trtexec of a version; what it cannot is said."""
+    """Return the lines that build and measure with trtexec of a version; what it cannot is said.
+
+    `fixed` names the forms whose graphs have a batch of their own: trtexec takes none for them.
+    """
     lines = [
         f"# trtexec of TensorRT {version}, in the kit's folder. CUDA graph and spin-wait are off,",
         "# copies between host and device are in the times, one inference follows the other.",
@@ -205,17 +219,20 @@ def commands(
         if place.runtime != "tensorrt":
             continue
         try:
-            lines += ["", f"# {place.key}", *_lines(place, version, size, bench or BenchSpec())]
+            shape = None if place.form.name in fixed else (place.batch, *size, 3)
+            lines += ["", f"# {place.key}", *_lines(place, version, shape, bench or BenchSpec())]
         except EdgexError as error:
             lines.append(f"# not possible: {error}")
     return "\n".join(lines) + "\n"
 
 
-def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) -> list[str]:
+def _lines(
+    place: Place, version: str, shape: tuple[int, ...] | None, bench: BenchSpec
+) -> list[str]:
     options = read_options(place.tensorrt_options) or BuildOptions(place.precision)
     resolve(place.target, options, version)
-    shape = (place.batch, *size, 3)
-    options = BuildOptions(**{**vars(options), "shapes": (shape, shape, shape)})
+    if shape is not None:
+        options = BuildOptions(**{**vars(options), "shapes": (shape, shape, shape)})
     number, plan = parse_version(version), Path(f"{place.key}.plan")
     measure = MeasureOptions(
         warmup_ms=bench.warmup_ms,

@@ -7,14 +7,16 @@ folder, `results/NNN-verb`. Such a folder has the agent's answer and a `call.jso
 run that was interrupted goes on after the last call that went well. `results.json` comes at the end
 and names every file with its sha256.
 
-Standard library only: numpy is the calls' need.
+Standard library only: numpy is the need of the calls, of those that are not trtexec's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -163,11 +165,13 @@ def _converse(command: list[str], where: str) -> tuple[int, list[str]]:
     """Run a command to its end; return its exit code (-signal) and the last lines it printed."""
     log: deque[str] = deque(maxlen=LOG_LINES)
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and program
-        # A pipe that stays silent: the agent ends when this process does.
+        # A pipe that stays silent: the agent ends when this process does, and with it its process
+        # group, where trtexec is.
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     assert child.stdout is not None  # noqa: S101 - told to the type checker; it was given PIPE
     shown = time.monotonic()
@@ -181,7 +185,8 @@ def _converse(command: list[str], where: str) -> tuple[int, list[str]]:
                 _show(where, text)
         return child.wait(), list(log)
     finally:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 

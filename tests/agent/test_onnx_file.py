@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tiny_engine import tiny_model
+from tiny_engine import CLASSES, SIDE, tiny_model
 
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import OPEN, ends, operators
 from edgexception.agent.protocol import AgentError
 
 CONTENT = tiny_model().SerializeToString()
@@ -121,3 +123,26 @@ def test_a_truncated_model_never_gains_operators(tmp_path: Path, size: int) -> N
         assert sum(operators(path).values()) == 4
     else:
         assert fault.startswith("bad-artifact: m.onnx ")
+
+
+def test_ends_are_read_with_types_and_open_sizes(tmp_path: Path) -> None:
+    for batch, size in (("batch", OPEN), (3, 3)):
+        onnx.save(tiny_model(batch), tmp_path / "model.onnx")
+        assert ends(tmp_path / "model.onnx") == (
+            [("images", "uint8", (size, SIDE, SIDE, 3))],
+            [("logits", "float32", (size, CLASSES))],
+        )
+
+
+@QUICK
+@given(st.data())
+def test_ends_of_a_mangled_model_are_read_or_refused(data: st.DataObject) -> None:
+    content = bytearray(CONTENT)
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(content)
+        with contextlib.suppress(AgentError):
+            for end in (*ends(path)[0], *ends(path)[1]):
+                assert [type(part) for part in end] == [str, str, tuple]

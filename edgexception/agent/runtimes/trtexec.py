@@ -15,31 +15,18 @@ from __future__ import annotations
 import os
 import re
 import resource
-import select
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from edgexception.agent import machine, npy
+from edgexception.agent import trtexec_program as program
 from edgexception.agent.onnx_file import OPEN, ends, operators
 from edgexception.agent.protocol import AgentError, Ticker, progress
-from edgexception.agent.runtimes import (
-    Job,
-    KernelTime,
-    Options,
-    brief,
-    check_contract,
-)
+from edgexception.agent.runtimes import Job, KernelTime, Options, check_contract
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
-from edgexception.agent.telemetry import INTERVAL_NS, Telemetry
+from edgexception.agent.telemetry import Telemetry
 from edgexception.agent.tensorrt_options import (
     BuildOptions,
     Gpu,
@@ -57,42 +44,37 @@ from edgexception.agent.trtexec import (
     does,
     layer_placement,
     parse_layers,
-    parse_log,
     parse_profile,
     parse_times,
 )
 
-PLACE = Path("/usr/src/tensorrt/bin/trtexec")
-"""Where JetPack puts it, which is not on the PATH."""
-HELP_S = 30
-MAX_LOG_BYTES = 16 << 20
-MAX_LINE_BYTES = 1 << 16
 PROGRESS_S = 5.0
-TICK_MS = INTERVAL_NS // 2_000_000
-"""How often a sample of the telemetry may be due while trtexec says nothing."""
 
 _ONCE = MeasureOptions(0, 0, 1, cuda_graph=False, spin_wait=False, transfers=True, overlap=False)
 """One inference. A timing has the same options: as the agent measures, one after the other."""
 _BINDING = re.compile(r"(images|logits)\.(input|output)\.(\d+(?:\.\d+)*)\.(\w+)\.raw")
 _TYPES = {"fp32": "float32"}
-_STARVED = re.compile("out of memory|outofmemory|bad_alloc", re.I)
 
 
 def present() -> bool:
     """Whether there is a trtexec."""
-    return _program() is not None
+    return program.find() is not None
 
 
 def version() -> dict[str, Any]:
     """Return the version of trtexec, the GPUs, and where the program is."""
     found = gpus()
-    names = [gpu["name"] for gpu in found]
-    return {"version": _version(), "devices": names, "gpus": found, "program": str(_program())}
+    return {
+        "version": program.version(),
+        "devices": [gpu["name"] for gpu in found],
+        "gpus": found,
+        "program": str(program.find()),
+    }
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     """Build for the first GPU at a fixed batch; return what the engine says of its layers."""
-    gpu, number = first_gpu(), parse_version(_version())
+    gpu, number = first_gpu(), parse_version(program.version())
     if options.sm not in (None, gpu["sm"]):
         raise AgentError(
             "not-possible-here",
@@ -114,16 +96,16 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
             last = time.monotonic()
             progress(f"build tensorrt with trtexec, {last - start:.0f} s so far", 0, 1, None)
 
-    with _folder(out.parent, model=model) as folder:
+    with program.folder(out.parent, model=model) as folder:
         arguments = build_command(
             wanted, number, Path("model"), Path("engine"), layers=Path("layers.json")
         )
-        log = _run(arguments, folder, f"cannot build {model.name}", tick)
-        layers = parse_layers(_text(folder / "layers.json"))
-        os.replace(_made(folder / "engine"), out)
+        log = program.run(arguments, folder, f"cannot build {model.name}", tick)
+        layers = parse_layers(program.read(folder / "layers.json"))
+        os.replace(program.made(folder / "engine"), out)
     return {
         "settings": {
-            "program": str(_program()),
+            "program": str(program.find()),
             "arguments": arguments,
             "gpu": gpu["name"],
             "sm": gpu["sm"],
@@ -139,12 +121,10 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
 
 def run(job: Job, telemetry: Telemetry) -> dict[str, Any]:
     """Time an engine, or let it answer images batch by batch; see `runtimes.Program`."""
-    record: dict[str, Any] = {
-        "settings": {"program": str(_program()), **_place()},
-        "timing": None,
-        "warmup_iterations": 0,
-    }
-    with _folder(job.out, engine=job.engine) as folder:
+    gpu = first_gpu()
+    settings = {"program": str(program.find()), "gpu": gpu["name"], "driver": gpu["driver"]}
+    record: dict[str, Any] = {"settings": settings, "timing": None, "warmup_iterations": 0}
+    with program.folder(job.out, engine=job.engine) as folder:
         if job.times is not None:
             measure = _measure(job.times)
             log = _time(job, measure, folder, telemetry)
@@ -159,12 +139,12 @@ def run(job: Job, telemetry: Telemetry) -> dict[str, Any]:
 def profile(job: Job) -> list[KernelTime]:
     """Return the medians of what TensorRT tells of every layer, in a run of its own."""
     measure = replace(_ONCE, min_iterations=job.profile or 1)
-    with _folder(job.out, engine=job.engine) as folder:
+    with program.folder(job.out, engine=job.engine) as folder:
         arguments = _arguments(job, measure, profile=Path("profile.json"))
         arguments.append("--exportLayerInfo=layers.json")
-        _run(arguments, folder, f"cannot profile {job.engine.name}")
-        times = parse_profile(_text(folder / "profile.json"))
-        layers = {layer.name: layer for layer in parse_layers(_text(folder / "layers.json"))}
+        program.run(arguments, folder, f"cannot profile {job.engine.name}")
+        times = parse_profile(program.read(folder / "profile.json"))
+        layers = {layer.name: layer for layer in parse_layers(program.read(folder / "layers.json"))}
     return [
         KernelTime(time.name, layer.kind, does(layer), int(1e6 * time.median_ms))
         for time in times
@@ -176,7 +156,12 @@ def profile(job: Job) -> list[KernelTime]:
 
 
 def _measure(times: dict[str, int]) -> MeasureOptions:
-    return replace(_ONCE, **times)
+    return replace(
+        _ONCE,
+        warmup_ms=times["warmup_ms"],
+        duration_ms=times["duration_ms"],
+        min_iterations=times["min_iterations"],
+    )
 
 
 def _told(measure: MeasureOptions) -> dict[str, Any]:
@@ -218,9 +203,9 @@ def _time(job: Job, measure: MeasureOptions, folder: Path, telemetry: Telemetry)
         telemetry.pause(now)
         ticker.tick(now)
 
-    log = _run(arguments, folder, f"cannot time {job.engine.name}", tick, listen)
+    log = program.run(arguments, folder, f"cannot time {job.engine.name}", tick, listen)
     _answer(folder, job.options)
-    entries = parse_times(_text(folder / "times.json"))
+    entries = parse_times(program.read(folder / "times.json"))
     if len(entries) < measure.min_iterations:
         raise AgentError(
             "measurement-invalid",
@@ -246,7 +231,7 @@ def _classify(job: Job, images: Path, folder: Path, telemetry: Telemetry) -> Non
         size = min(shape[0], count - first)
         pixels = _batch(images, offset, first, count, shape)
         (folder / "images").write_bytes(pixels.ljust(_size(shape), b"\0"))
-        _run(arguments, folder, f"cannot run {job.engine.name}", tick)
+        program.run(arguments, folder, f"cannot run {job.engine.name}", tick)
         answer, found = _answer(folder, job.options)
         classes = classes or found
         if found != classes:
@@ -295,7 +280,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _arguments(job: Job, measure: MeasureOptions, profile: Path | None = None) -> list[str]:
-    told, number = job.options.tensorrt, parse_version(_version())
+    told, number = job.options.tensorrt, parse_version(program.version())
     core = None if told is None else told.dla_core
     shape = _built_shape(job)
     arguments = measure_command(
@@ -332,128 +317,3 @@ def _shape(model: Path, options: Options) -> tuple[tuple[int, int, int, int], bo
 
 def _at_batch(shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
     return (batch, *shape[1:]) if shape[:1] == (OPEN,) else shape
-
-
-# --- the program ----------------------------------------------------------------------------------
-
-
-def _program() -> Path | None:
-    found = shutil.which("trtexec") or (str(PLACE) if os.access(PLACE, os.X_OK) else None)
-    return None if found is None else Path(found)
-
-
-@cache
-def _version() -> str:
-    """Return the version in the banner, the first line that trtexec prints, with any options."""
-    program = _program()
-    try:
-        said = subprocess.run(  # noqa: S603 - no shell; the device's own program
-            [str(program), "--help"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=HELP_S,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        why = f"{program} cannot be started: {brief(error)}"
-        raise AgentError("not-possible-here", why) from error
-    found = parse_log(said[:MAX_LOG_BYTES].decode("utf-8", "replace")).version
-    if found is None:
-        said_first = brief(ValueError(said[:500].decode("utf-8", "replace")))
-        raise AgentError(
-            "not-possible-here", f"{program} tells no version of 10 or 11: {said_first}"
-        )
-    parse_version(found)
-    return found
-
-
-def _place() -> dict[str, Any]:
-    gpu = first_gpu()
-    return {"gpu": gpu["name"], "driver": gpu["driver"]}
-
-
-@contextmanager
-def _folder(place: Path, **files: Path) -> Iterator[Path]:
-    """A folder to run in, with links to files by plain names; it goes with all that is in it."""
-    with tempfile.TemporaryDirectory(prefix=".trtexec-", dir=place) as made:
-        folder = Path(made)
-        for name, path in files.items():
-            (folder / name).symlink_to(path.resolve())
-        yield folder
-
-
-def _run(
-    arguments: list[str],
-    folder: Path,
-    fault: str,
-    tick: Callable[[], None] = lambda: None,
-    listen: Callable[[str], None] = lambda _: None,
-) -> Log:
-    """Run trtexec to its end; return what it logged. Warnings and errors go to stderr, too.
-
-    `tick` is called every now and then meanwhile, `listen` with each line.
-    """
-    log = bytearray()
-    child = subprocess.Popen(  # noqa: S603 - no shell; our own arguments
-        [str(_program()), *arguments],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        for line in _lines(child, tick):
-            log += line + b"\n"
-            text = line.decode("utf-8", "replace")
-            listen(text)
-            if re.search(r"\] \[[WEF]\] ", text[:80]):
-                sys.stderr.write(f"{text}\n")
-            if len(log) > MAX_LOG_BYTES:
-                raise AgentError("bad-artifact", f"trtexec {fault}: it prints without an end")
-        code = child.wait()
-    finally:
-        child.kill()
-        child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
-    found = parse_log(log.decode("utf-8", "replace"))
-    if code or not found.passed:
-        raise AgentError(*_blamed(code, found, log, fault))
-    return found
-
-
-def _blamed(code: int, log: Log, text: bytearray, fault: str) -> tuple[str, str]:
-    why = brief(RuntimeError("; ".join(log.errors) or f"it ended with code {code}"))
-    starved = code == -9 or _STARVED.search(text.decode("utf-8", "replace"))
-    killed = ", most likely by the kernel because memory ran out" if code == -9 else ""
-    return "out-of-resources" if starved else "bad-artifact", f"trtexec {fault}: {why}{killed}"
-
-
-def _lines(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> Iterator[bytes]:
-    """Yield the lines of a child's output as they come; of an endless one the beginning."""
-    assert child.stdout is not None  # noqa: S101 - told to the type checker; it was given PIPE
-    pipe, pending = child.stdout.fileno(), b""
-    readable = select.poll()
-    readable.register(pipe, select.POLLIN)
-    while True:
-        ready = readable.poll(TICK_MS)
-        chunk = os.read(pipe, 1 << 16) if ready else b""
-        if ready and not chunk:
-            break
-        tick()
-        *whole, rest = (pending + chunk).split(b"\n")
-        yield from whole
-        pending = rest[:MAX_LINE_BYTES]
-    if pending:
-        yield pending
-
-
-def _text(path: Path) -> str:
-    return _made(path).read_bytes().decode("utf-8", "replace")
-
-
-def _made(path: Path) -> Path:
-    if not path.is_file() or not path.stat().st_size:
-        raise AgentError("bad-artifact", f"trtexec says that all went well and left no {path.name}")
-    return path
