@@ -45,6 +45,7 @@ def test_engines_are_built_measured_and_named_as_trtexecs(
     done = edgex("bench", write_recipe(tmp_path / "orin.yaml", recipe), "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert "jetson is jetson-orin-nano-8gb" in done.err
+    assert f"TensorRT 10.3.0 through {orin}, since its Python package cannot be used" in done.err
     rows = report_in(tmp_path / "out").rows
     assert [row.status for row in rows] == ["measured", "measured"], [row.reason for row in rows]
     for row in rows:
