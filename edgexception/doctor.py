@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
             packages[name] = _missing("not installed", extra)
     for name, facts in machine.runtimes.items():
         packages[name] = (
-            {"version": facts.version}
+            {"version": facts.version, **({"program": facts.program} if facts.program else {})}
             if facts.missing is None
             else _missing(facts.missing, extra_of(name))
         )
@@ -80,11 +80,15 @@ def finding_lines(findings: dict[str, Any]) -> list[str]:
     ]
     for name, facts in findings["packages"].items():
         if "version" in facts:
-            lines.append(f"  ok       {name} {facts['version']}")
+            lines.append(f"  ok       {name} {facts['version']}{_through(facts.get('program'))}")
         else:
             remedy = f"; {facts['remedy']}" if "remedy" in facts else ""
             lines.append(f"  missing  {name}: {facts['missing']}{remedy}")
     return lines
+
+
+def _through(program: str | None) -> str:
+    return f" through {program}, without its Python package" if program else ""
 
 
 def target_rows(where: str | None = None, only: str | None = None) -> list[dict[str, Any]]:
@@ -107,6 +111,7 @@ def target_rows(where: str | None = None, only: str | None = None) -> list[dict[
                 "dialect": row.dialect,
                 "precisions": list(row.precisions),
                 "version": facts.version if facts else None,
+                "program": facts.program if facts else None,
                 "here": not reason,
                 "reason": reason,
                 "runs": not not_run,
@@ -137,9 +142,10 @@ def target_lines(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{row['target']}: {row['description']} ({about})")
         for name, runtime in row["runtimes"].items():
             precisions = ", ".join(runtime["precisions"])
-            state = f"{runtime['version']}, here" if runtime["here"] else f"no: {runtime['reason']}"
+            found = f"{runtime['version']}{_through(runtime['program'])}"
+            state = f"{found}, here" if runtime["here"] else f"no: {runtime['reason']}"
             if runtime["here"] and not runtime["runs"]:
-                state = f"{runtime['version']}, builds here; does not run: {runtime['not_run']}"
+                state = f"{found}, builds here; does not run: {runtime['not_run']}"
             lines.append(f"  {name} ({precisions}): {state}")
         lines += [f"  {line}" for line in row["known"]]
     return lines

@@ -18,7 +18,7 @@ from edgexception.artifacts import Artifact, atomic_write, canonical_json
 from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
-from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice
+from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice, Timing
 from edgexception.errors import NotPossibleHere, UsageError
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec, TensorRtSpec
 from edgexception.report.assemble import Place
@@ -167,6 +167,8 @@ class Timed(NamedTuple):
     conditions: Conditions
     profile: Profile | None
     """None where the runtime does not tell."""
+    timing: Timing | None
+    """How a program of the runtime's took the times; None is the agent's clock."""
 
 
 def bench(
@@ -197,8 +199,13 @@ def bench(
             for turn in (turns[0], turns[-1])
         )
         told = conditions(samples, times, engine.batch, first["power_mode"])
-        profile = last.get("profile")
-        found[engine.key] = Timed(times, told, profile and Profile.model_validate(profile))
+        profile, way = last.get("profile"), last.get("timing")
+        found[engine.key] = Timed(
+            times,
+            told,
+            profile and Profile.model_validate(profile),
+            way and Timing.model_validate(way),
+        )
     return found
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 
 from edgexception import __version__
 from edgexception.agent.kit import FORMAT, KIT
+from edgexception.agent.onnx_file import OPEN, ends
 from edgexception.agent.runtimes import ENGINE_FILES
 from edgexception.agent.tensorrt_options import (
     BuildOptions,
@@ -105,6 +106,7 @@ def plan_kit(
     if images is not None:
         files["images.npy"] = images.file("images.npy")
         known["images.npy"] = images.files["images.npy"]
+    fixed = {form for form, found in models.items() if _has_fixed_batch(found)}
     content = {
         "format": FORMAT,
         "edgexception": __version__,
@@ -118,7 +120,7 @@ def plan_kit(
         (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(),
         files,
         {
-            f"commands/tensorrt-{version}.sh": commands(places, version, size, bench)
+            f"commands/tensorrt-{version}.sh": commands(places, version, size, bench, fixed)
             for version in COMMAND_VERSIONS
             if any(place.runtime == "tensorrt" for place in places)
         },
@@ -198,20 +200,33 @@ def _digests(known: Mapping[str, FileRecord]) -> dict[str, str]:
 # --- trtexec --------------------------------------------------------------------------------------
 
 
+def _has_fixed_batch(exported: Artifact) -> bool:
+    inputs, _ = ends(exported.file("model.onnx"))
+    return all(shape[:1] != (OPEN,) for _, _, shape in inputs)
+
+
 def commands(
-    places: Sequence[Place], version: str, size: tuple[int, int], bench: BenchSpec | None
+    places: Sequence[Place],
+    version: str,
+    size: tuple[int, int],
+    bench: BenchSpec | None,
+    fixed: Collection[str] = (),
 ) -> str:
-    """Return the lines that build and measure with trtexec of a version; what it cannot is said."""
+    """Return the lines that build and measure with trtexec of a version; what it cannot is said.
+
+    `fixed` names the forms whose graphs have a batch of their own: trtexec takes none for them.
+    """
     lines = [
         f"# trtexec of TensorRT {version}, in the kit's folder. CUDA graph and spin-wait are off,",
-        "# copies between host and device are in the times. `edgex` does not read these results.",
+        "# copies between host and device are in the times, one inference follows the other.",
+        "# `edgex` does not read these results.",
     ]
     built: set[str] = set()
     for place in places:
         if place.runtime != "tensorrt":
             continue
         try:
-            both = _lines(place, version, size, bench or BenchSpec())
+            both = _lines(place, version, size, bench or BenchSpec(), place.form.name in fixed)
             lines += ["", f"# {place.key}", *both[place.engine_key in built :]]
             built.add(place.engine_key)
         except EdgexError as error:
@@ -219,21 +234,24 @@ def commands(
     return "\n".join(lines) + "\n"
 
 
-def _lines(place: Place, version: str, size: tuple[int, int], bench: BenchSpec) -> list[str]:
+def _lines(
+    place: Place, version: str, size: tuple[int, int], bench: BenchSpec, fixed: bool
+) -> list[str]:
     options = read_options(place.tensorrt_options) or BuildOptions(place.precision)
     resolve(place.target, options, version)
-    batches = place.batches or (place.batch,) * 3
-    least, best, greatest = ((batch, *size, 3) for batch in batches)
-    options = replace(options, shapes=(least, best, greatest))
+    if not fixed:
+        least, best, greatest = ((n, *size, 3) for n in place.batches or (place.batch,) * 3)
+        options = replace(options, shapes=(least, best, greatest))
     number, plan = parse_version(version), Path(f"{place.engine_key}.plan")
-    shape = None if place.batches is None else (place.batch, *size, 3)
+    shape = None if fixed else (place.batch, *size, 3)
     measure = MeasureOptions(
         warmup_ms=bench.warmup_ms,
-        duration_s=max(1, -(-bench.duration_ms // 1000)),
+        duration_ms=bench.duration_ms,
         min_iterations=bench.min_iterations,
         cuda_graph=False,
         spin_wait=False,
         transfers=True,
+        overlap=False,
     )
     model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.engine_key}.layers.json")
     times = Path(f"{place.key}.times.json")

@@ -125,7 +125,7 @@ def measure_all(state: RunState) -> None:
         for device in filter(None, (state.shop, state.away)):
             for place, timed in _latency(state, device, state.recipe.bench).items():
                 measured = state.measured.setdefault(place, Measured())
-                measured.rounds, measured.conditions, measured.profile = timed
+                measured.rounds, measured.conditions, measured.profile, measured.timing = timed
 
 
 def _to_run(state: RunState) -> dict[Place, Artifact]:

@@ -81,6 +81,11 @@ def settle(recipe: Recipe, machine: ProbeRecord) -> tuple[Recipe, list[str]]:
             continue
         version = _version_there(name, machine)
         said += differences(name, machine)
+        if facts and facts.program and version:
+            said.append(
+                f"target {name}: TensorRT {version} through {facts.program}, since its Python "
+                "package cannot be used there: the times are trtexec's own"
+            )
         for precision in spec.precisions:
             options = _options(spec, precision)
             if version is None:

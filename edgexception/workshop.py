@@ -70,6 +70,7 @@ class Workshop:
             "flags": list(self.machine.cpu.flags),
             "runtime": runtime,
             "version": self.machine.runtimes[runtime].version,
+            "program": self.machine.runtimes[runtime].program,
             "gpus": [gpu.model_dump() for gpu in self.machine.runtimes[runtime].gpus],
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -42,13 +42,17 @@ def agent_that(behaves: str) -> LocalDevice:
 class ScriptedDevice:
     """A device that answers `run` at once with prepared arrays and notes what it was asked.
 
-    It stands for a device whose times and logits a test must know beforehand.
+    It stands for a device whose times and logits a test must know beforehand. `records` are the
+    answers of the first calls, as far as a test looks at them.
     """
 
     name = "scripted"
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(
+        self, arrays: Mapping[str, NDArray[Any]], records: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self.arrays = arrays
+        self.records = list(records)
         self.requests: list[Mapping[str, Any]] = []
 
     def call(
@@ -65,7 +69,7 @@ class ScriptedDevice:
             np.save(out / name, array)
         if progress is not None:
             progress(Progress("run", 1, 1, 0.0))
-        return {"log": []}
+        return {"log": [], **(self.records.pop(0) if self.records else {})}
 
 
 def import_timm() -> Any:

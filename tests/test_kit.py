@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from tiny_engine import SIDE, tiny_images, tiny_logits
+from bare_python import bare_python
+from fake_trtexec import install, install_driver
+from tiny_engine import SIDE, tiny_images, tiny_logits, tiny_model
 
 from edgexception.artifacts import Artifact, FileRecord, sha256_file
 from edgexception.bench.protocol import measure_latency, run_images
@@ -71,6 +74,63 @@ def test_what_a_host_asks_is_answered_by_what_the_kit_did(tiny_onnx: Path, tmp_p
     np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
     times = measure_latency([engine], BENCH, device, tmp_path / "rounds")
     assert [len(turn) >= 3 for turn in times[PLACE.key]] == [True, True]
+
+
+def test_a_kit_is_run_by_trtexec_alone(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has no numpy and no package of TensorRT: see fake_trtexec.py."""
+    place = Place("jetson-orin-nano-8gb", "tensorrt", "tensorrt", "fp32", 4, 6)
+    pixels = tiny_images(5)
+    np.save(tmp_path / "images.npy", pixels)
+    model, images = (
+        artifact(tiny_onnx, "model.onnx"),
+        artifact(tmp_path / "images.npy", "images.npy"),
+    )
+    kit = plan_kit("tiny", [place], {Form("fp32"): model}, images, BENCH, (SIDE, SIDE))
+    (tmp_path / "work").mkdir()
+    write_kit(kit, tmp_path / "kit", tmp_path / "work")
+    install(tmp_path / "bin", "10.3.0")
+    (tmp_path / "bin/python3").symlink_to(bare_python("3.10"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(install_driver(tmp_path / "driver")))
+    done = subprocess.run(
+        ["sh", "run.sh"],
+        cwd=tmp_path / "kit",
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    device = RecordedDevice(tmp_path / "kit/results")
+    machine = device.call("probe", {}, {}, tmp_path / "probe")
+    assert machine["numpy"] is None
+    assert machine["runtimes"]["tensorrt"]["program"] == str(tmp_path / "bin/trtexec")
+    record = ask_build(place, model.file("model.onnx"), device, tmp_path / "engine")
+    engine = engine_at(place, tmp_path / "engine" / record["engine"])
+    logits = run_images(engine, images.file("images.npy"), device, tmp_path / "run")
+    np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
+    times = measure_latency([engine], BENCH, device, tmp_path / "rounds")
+    assert [len(turn) >= 3 for turn in times[place.key]] == [True, True]
+    kept = json.loads((tmp_path / "rounds/round-1-engine-1/record.json").read_text())
+    assert kept["timing"]["clock"] == "trtexec"
+
+
+@pytest.mark.parametrize("batch", ["batch", 4])
+def test_command_lines_name_shapes_only_where_the_graph_leaves_them_open(
+    batch: str | int, tmp_path: Path
+) -> None:
+    """trtexec ends with "Static model does not take explicit shapes" otherwise."""
+    onnx.save(tiny_model(batch), tmp_path / "model.onnx")
+    place = Place("jetson-orin-nano-8gb", "tensorrt", "tensorrt", "fp32", 4, 6)
+    exports = {Form("fp32"): artifact(tmp_path / "model.onnx", "model.onnx")}
+    kit = plan_kit("tiny", [place], exports, None, BENCH, (SIDE, SIDE))
+    for text in kit.commands.values():
+        build, measure = (line for line in text.splitlines() if line.startswith("trtexec"))
+        assert ("--optShapes=images:4x12x12x3" in build) == (batch == "batch")
+        assert ("--shapes=images:4x12x12x3" in measure) == (batch == "batch")
+        assert "--exposeDMA" in measure
 
 
 def test_a_kit_is_for_one_device(tiny_onnx: Path) -> None:

@@ -7,14 +7,16 @@ folder, `results/NNN-verb`. Such a folder has the agent's answer and a `call.jso
 run that was interrupted goes on after the last call that went well. `results.json` comes at the end
 and names every file with its sha256.
 
-Standard library only: numpy is the calls' need.
+Standard library only: numpy is the need of the calls, of those that are not trtexec's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +31,11 @@ from edgexception.agent.protocol import (
     write_json,
 )
 from edgexception.agent.remote import LOG_LINES, MAX_LINE_BYTES, sha256_of
+from edgexception.agent.room import check_disk
 
 FORMAT = 1
 KIT, RESULTS, CALL = "kit.json", "results.json", "call.json"
 MAX_KIT_BYTES = 16 << 20
-SPARE_BYTES = 64 << 20
-"""Disk space that is left to others."""
 TERMINAL_S = 10.0
 """Least time between two progress lines where there is no terminal to rewrite a line of."""
 
@@ -47,7 +48,8 @@ def run_kit(folder: Path, results: Path) -> int:
     """
     kit = read_kit(folder)
     results.mkdir(exist_ok=True)
-    _check_room(folder, kit, results)
+    models = [call["files"]["model.onnx"] for call in kit["calls"] if call["verb"] == "build"]
+    check_disk(results, [folder / model for model in models])
     done: list[dict[str, Any]] = []
     useless: set[str] = set()
     code = 0
@@ -96,18 +98,6 @@ def read_kit(folder: Path) -> dict[str, Any]:
 
 def _is(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
-
-
-def _check_room(folder: Path, kit: dict[str, Any], results: Path) -> None:
-    """Refuse to start where the engines, each at most as large as two of its model, do not fit."""
-    models = [call["files"]["model.onnx"] for call in kit["calls"] if call["verb"] == "build"]
-    needed = 2 * sum((folder / model).stat().st_size for model in models) + SPARE_BYTES
-    free = shutil.disk_usage(results).free
-    if free < needed:
-        raise AgentError(
-            "out-of-resources",
-            f"{results}: {needed >> 20} MiB of disk space are needed and {free >> 20} are free",
-        )
 
 
 def _do(call: dict[str, Any], files: dict[str, Path], folder: Path, where: str) -> dict[str, Any]:
@@ -175,11 +165,13 @@ def _converse(command: list[str], where: str) -> tuple[int, list[str]]:
     """Run a command to its end; return its exit code (-signal) and the last lines it printed."""
     log: deque[str] = deque(maxlen=LOG_LINES)
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and program
-        # A pipe that stays silent: the agent ends when this process does.
+        # A pipe that stays silent: the agent ends when this process does, and with it its process
+        # group, where trtexec is.
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     assert child.stdout is not None  # noqa: S101 - told to the type checker; it was given PIPE
     shown = time.monotonic()
@@ -193,7 +185,8 @@ def _converse(command: list[str], where: str) -> tuple[int, list[str]]:
                 _show(where, text)
         return child.wait(), list(log)
     finally:
-        child.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 

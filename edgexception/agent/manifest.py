@@ -19,7 +19,7 @@ from typing import Any
 
 from edgexception.agent import machine
 from edgexception.agent.protocol import AgentError, write_json
-from edgexception.agent.runtimes import Batches, Options, is_batches
+from edgexception.agent.runtimes import Options, is_batches
 
 FILE = "engine.json"
 _FORMAT = 1
@@ -61,11 +61,8 @@ def write(
     write_json(folder / FILE, content)
 
 
-def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> Batches | None:
-    """Raise an AgentError unless an engine is the one of its manifest and fits this machine.
-
-    Returns the bounds of a dynamic engine's batch (`Options.batches`), None for a fixed one.
-    """
+def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest; raise an AgentError unless it fits its engine and this machine."""
     found = _read(path)
     if found["runtime"] != runtime:
         raise AgentError(
@@ -92,8 +89,7 @@ def check(path: Path, engine: Path, runtime: str, facts: dict[str, Any]) -> Batc
             f"{engine.name} was not built for this machine: {'; '.join(wrong)}. Build it here with "
             "`edgex build-engine`",
         )
-    batches: list[int] | None = found["options"]["batches"]
-    return None if batches is None else (batches[0], batches[1], batches[2])
+    return found
 
 
 def _has(facts: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ _CHILDREN: dict[str, dict[int, str]] = {
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 _NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
 _MODEL_GRAPH, _MODEL_METADATA, _GRAPH_NODE = 7, 14, 1
-_INPUT_SHAPE = (11, 2, 1, 2)
-"""The way to it: Graph.input, ValueInfo.type, Type.tensor_type, Tensor.shape."""
-_SHAPE_DIMENSION, _DIMENSION_SIZE = 1, 1
+_GRAPH_INPUT, _GRAPH_OUTPUT = 11, 12
+_TYPES = {1: "float32", 2: "uint8", 10: "float16"}
+"""TensorProto.DataType, as far as messages name it."""
 _MAX_DEPTH = 40
 
 
@@ -86,27 +86,59 @@ def main_graph(path: Path) -> tuple[dict[str, str], list[Node]]:
     return metadata, nodes
 
 
-def input_sizes(path: Path) -> tuple[int | None, ...]:
-    """Return the sizes of a model's one input; None is an open one.
+End = tuple[str, str, tuple[int, ...]]
+"""Name, type and shape of an input or output."""
+OPEN = -1
+"""A size that the model leaves open."""
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""The least, the best and the greatest shape of `images`."""
 
-    Raises a bad-artifact AgentError for a model that has none or several.
-    """
+
+def ends(path: Path) -> tuple[list[End], list[End]]:
+    """Return the inputs and the outputs of a model's main graph."""
+    found: dict[int, list[End]] = {_GRAPH_INPUT: [], _GRAPH_OUTPUT: []}
     with _content(path) as content:
-        found = [content]
-        for number in (_MODEL_GRAPH, *_INPUT_SHAPE):
-            found = [child for message in found for child in _children(message, number)]
-        if len(found) != 1:
-            raise AgentError("bad-artifact", f"{path.name} has {len(found)} inputs; it must have 1")
-        return tuple(
-            next((v for n, v in _fields(d) if n == _DIMENSION_SIZE and isinstance(v, int)), None)
-            for d in _children(found[0], _SHAPE_DIMENSION)
+        for number, graph in _fields(content):
+            if number == _MODEL_GRAPH and not isinstance(graph, int):
+                for side, value in _fields(graph):
+                    if side in found and not isinstance(value, int):
+                        found[side].append(_end(value))
+    return found[_GRAPH_INPUT], found[_GRAPH_OUTPUT]
+
+
+def profile_shapes(path: Path, batches: tuple[int, int, int] | None) -> Shapes | None:
+    """Return the shapes of `images` for the least, best and greatest batch; None where it is fixed.
+
+    Raises a bad-artifact AgentError for a model with another open size, or a fixed batch.
+    """
+    if batches is None:
+        return None
+    shapes = [shape for _, _, shape in ends(path)[0]]
+    if len(shapes) != 1 or shapes[0][:1] != (OPEN,) or min(shapes[0][1:], default=OPEN) < 0:
+        raise AgentError(
+            "bad-artifact",
+            f"{path.name} reads images of {shapes} ({OPEN} is open): for a dynamic batch that one "
+            "size must be open; export it without a batch",
         )
+    least, best, greatest = ((batch, *shapes[0][1:]) for batch in batches)
+    return least, best, greatest
 
 
-def _children(message: memoryview, wanted: int) -> list[memoryview]:
-    """Return the messages in one field of a message."""
-    found = [value for number, value in _fields(message) if number == wanted]
-    return [value for value in found if not isinstance(value, int)]
+def _end(value_info: memoryview) -> End:
+    """Read a ValueInfoProto: name 1, type 2; in that tensor_type 1: elem_type 1, shape 2."""
+    name, kind, shape = _texts(value_info, (1,)).get(1, [""])[-1], 0, []
+    for tensor in _inside(_inside([value_info], 2), 1):
+        kind = next((v for n, v in _fields(tensor) if n == 1 and isinstance(v, int)), 0)
+        for dimension in _inside(_inside([tensor], 2), 1):
+            sizes = [v for n, v in _fields(dimension) if n == 1 and isinstance(v, int)]
+            shape.append(sizes[-1] if sizes else OPEN)
+    return name, _TYPES.get(kind, f"type {kind}"), tuple(shape)
+
+
+def _inside(messages: Iterable[memoryview], wanted: int) -> list[memoryview]:
+    """Return the messages in a field of messages."""
+    inner = ((n, v) for message in messages for n, v in _fields(message))
+    return [v for n, v in inner if n == wanted and not isinstance(v, int)]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ EXIT_CODES = {
 }
 
 MAX_REQUEST_BYTES = 1 << 20
+PROGRESS_NS = 1_000_000_000
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -153,3 +155,26 @@ def progress(what: str, done: int, total: int, left_s: float | None) -> None:
     """Write one progress line to stderr: a single write, so that no log line can split it."""
     event = {"event": "progress", "what": what, "done": done, "total": total, "left_s": left_s}
     os.write(2, (json.dumps(event) + "\n").encode())
+
+
+class Ticker:
+    """Progress at most once a second, with the time left by the pace so far.
+
+    Where no count is given the total is in ms and the time that passed is what is done.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what = what
+        self.total = total
+        self.start = self.last = time.monotonic_ns()
+
+    def tick(self, now: int, done: int | None = None) -> None:
+        """Report if it is time to."""
+        if now - self.last < PROGRESS_NS:
+            return
+        self.last = now
+        passed_s = (now - self.start) / 1e9
+        if done is None:
+            done = min(self.total, int(passed_s * 1000))
+        left = passed_s / done * (self.total - done) if done else None
+        progress(self.what, done, self.total, left)

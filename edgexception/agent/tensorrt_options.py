@@ -66,12 +66,14 @@ class MeasureOptions:
     """How trtexec measures. Nothing has a default: version 11 has others than version 10."""
 
     warmup_ms: int
-    duration_s: int
+    duration_ms: int
     min_iterations: int
     cuda_graph: bool
     spin_wait: bool
     transfers: bool
     """Whether images and logits are copied between host and device in the measured time."""
+    overlap: bool
+    """Whether one inference is copied while another computes: trtexec's own way."""
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,10 @@ def measure_command(
 ) -> list[str]:
     """Return the arguments of trtexec that measure an engine, a dynamic one with images of `shape`.
 
+    `shape` is that of `images`: an engine of an open graph has none of its own, and takes 1 as its
+    batch where none is named; one of a fixed graph must have this one (v10.3.0 to v11.1,
+    sampleInference.cpp, setUpInference).
+
     Version 11 turned CUDA graph and spin-wait on and transfers off, and the flags that ask for
     what is now the default are deprecated. Each version gets the flags of what is not its default,
     so the same options measure the same in both.
@@ -332,7 +338,7 @@ def measure_command(
     arguments = [
         f"--loadEngine={engine}",
         f"--warmUp={options.warmup_ms}",
-        f"--duration={options.duration_s}",
+        f"--duration={options.duration_ms / 1000:g}",
         f"--iterations={options.min_iterations}",
         "--infStreams=1",
         f"--exportTimes={times}",
@@ -349,6 +355,7 @@ def measure_command(
             "--noSpinWait": not options.spin_wait,
             "--includeDataTransfers": options.transfers,
         }
+    switches["--exposeDMA"] = not options.overlap
     arguments += [flag for flag, wanted in switches.items() if wanted]
     if shape is not None:
         arguments.append(f"--shapes=images:{'x'.join(map(str, shape))}")

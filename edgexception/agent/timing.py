@@ -7,9 +7,6 @@ import time
 from array import array
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 def warm_up(call: Callable[[], object], duration_ns: int, pause: Callable[[int], None]) -> int:
     """Call at least once and until the time is over; return the number of calls."""
@@ -21,7 +18,7 @@ def measure(
     duration_ns: int,
     min_iterations: int,
     pause: Callable[[int], None],
-) -> NDArray[np.int64]:
+) -> array[int]:
     """Time every call, for at least the duration and the number of iterations, in ns.
 
     `pause(now_ns)` runs between two calls, outside the times. Python's garbage collector rests.
@@ -29,7 +26,7 @@ def measure(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return np.array(_repeat(call, duration_ns, min_iterations, pause), dtype=np.int64)
+        return _repeat(call, duration_ns, min_iterations, pause)
     finally:
         if collecting:
             gc.enable()

@@ -54,6 +54,8 @@ class Log:
     device: str | None
     sm: int | None
     build_s: float | None
+    warm_up: int | None
+    """Inferences before those that count."""
     dla_fallbacks: tuple[str, ...]
     """Layers that were to run on the DLA and run on the GPU."""
     errors: tuple[str, ...]
@@ -221,6 +223,7 @@ _BANNER = re.compile(r"&&&& (RUNNING|PASSED|FAILED) TensorRT\.trtexec \[TensorRT
 _BUILD = re.compile(r"&&&& \w+ TensorRT\.trtexec \[TensorRT v\d{6}\] \[b(\d+)\]")
 _SM = re.compile(r"\] Compute Capability: (\d+)\.(\d+)\s*$", re.M)
 _DEVICE = re.compile(r"\] Selected Device: (.+?)\s*$", re.M)
+_WARM_UP = re.compile(r"\] Warmup completed (\d{1,12}) queries", re.M)
 _BUILT = re.compile(r"\] Engine built in ([0-9.]+) sec", re.M)
 # Version 10 as 8.6; the second form is the older one.
 _FALLBACK = re.compile(
@@ -246,12 +249,14 @@ def parse_log(text: str) -> Log:
         version += f".{build[1]}" if build else ""
     ends = [state for state, _ in banners if state != "RUNNING"]
     sm, device, built = _SM.search(text), _DEVICE.search(text), _BUILT.search(text)
+    warm_up = _WARM_UP.search(text)
     return Log(
         version=version,
         passed=ends[-1] == "PASSED" if ends else None,
         device=device[1] if device else None,
         sm=int(sm[1]) * 10 + int(sm[2]) if sm else None,
         build_s=_number(built[1]) if built else None,
+        warm_up=int(warm_up[1]) if warm_up else None,
         dla_fallbacks=tuple(dict.fromkeys(a or b for a, b in _FALLBACK.findall(text))),
         errors=tuple(_ERROR.findall(text)[:MAX_ERRORS]),
     )

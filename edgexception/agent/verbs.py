@@ -10,21 +10,25 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgexception.agent import jetson, machine, manifest, power, runtimes, timing
-from edgexception.agent.protocol import AgentError, Request, answer, progress, write_json
+from edgexception.agent import jetson, machine, manifest, npy, power, room, runtimes, timing
+from edgexception.agent.protocol import AgentError, Request, Ticker, answer, progress, write_json
 from edgexception.agent.remote import sha256_of
 from edgexception.agent.telemetry import Telemetry, memory_bytes
 from edgexception.agent.tensorrt_options import read_options
 
+try:
+    import numpy as np
+except ImportError:  # trtexec alone builds and runs without it; whatever needs it says so
+    np = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 MAX_THREADS = 1024
 MAX_PROFILE = 1_000_000
 PROBE_TIMEOUT_S = 60
-PROGRESS_NS = 1_000_000_000
 
 _TIMING_BOUNDS = {
     "warmup_ms": (1, 3_600_000),
@@ -70,8 +74,12 @@ def probe(request: Request, out: Path) -> None:
         for name in runtimes.MODULES
     }
     found = {name: _described(name, child) for name, child in children.items()}
-    facts = {**machine.facts(), "power_mode": jetson.power_mode(), "numpy": np.__version__}
+    facts = {**machine.facts(), "power_mode": jetson.power_mode(), "numpy": _numpy()}
     answer(out, {**facts, "runtimes": found}, ())
+
+
+def _numpy() -> str | None:
+    return None if np is None else str(np.__version__)
 
 
 def _described(name: str, child: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -93,6 +101,8 @@ def build(request: Request, out: Path) -> None:
     """Compile `model` for `runtime`; answer with the engine, its manifest and the build record."""
     name, options = _runtime(request)
     model = request.file("model")
+    room.check_disk(out, [model])
+    room.check_memory(name, model)
     runtime = runtimes.load(name)
     engine, cache = out / runtimes.ENGINE_FILES[name], out / runtimes.TIMING_CACHE
     read = _take_cache(request, name, cache)
@@ -139,8 +149,9 @@ def run(request: Request, out: Path) -> None:
     start = time.monotonic()
     runtime = runtimes.load(name)
     imported = time.monotonic()
-    batches = manifest.check(described, engine, name, runtime.version())
-    options = replace(options, batches=batches)
+    found = manifest.check(described, engine, name, runtime.version())
+    batches, settings = found["options"]["batches"], found["settings"]
+    options = replace(options, batches=None if batches is None else tuple(batches))
     if batches is not None and not batches[0] <= options.batch <= batches[2]:
         raise AgentError(
             "usage",
@@ -148,56 +159,49 @@ def run(request: Request, out: Path) -> None:
             f"{options.batch}: build an engine for it",
         )
     checked = time.monotonic()
-    session = runtime.open(engine, options)
+    job = runtimes.Job(engine, options, settings, path, times, _profiled(request), out)
+    # A program opens the engine by itself, each time it is started.
+    session = None if isinstance(runtime, runtimes.Program) else runtime.open(engine, options)
     opened = time.monotonic()
-    images = None if path is None else open_images(path, session.shape)
+    images = None if path is None or session is None else open_images(path, session.shape)
 
     record = {
         **_common(name, runtime, options),
-        "settings": session.settings,
         "import_s": imported - start,
-        "open_s": opened - checked,
+        "open_s": None if session is None else opened - checked,
         "warmup_iterations": 0,
     }
-    files = ["telemetry.json"]
     with power.held(wanted), runtimes.blaming(f"{name} failed while it ran {engine.name}"):
         record["power_mode"] = jetson.power_mode()
         telemetry = Telemetry(gpu=bool(runtime.version().get("gpus")))
         telemetry.sample()
-        if times is not None:
-            record["warmup_iterations"] = _time(session, images, times, telemetry, out)
-            files.append("times_ns.npy")
-        if images is not None:
-            logits = classify(session, images, telemetry.pause)
-            np.save(out / "logits.npy", logits, allow_pickle=False)
-            files.append("logits.npy")
+        if isinstance(runtime, runtimes.Program):
+            record |= runtime.run(job, telemetry)
+        elif session is not None:
+            record["settings"] = session.settings
+            if times is not None:
+                record["warmup_iterations"] = _time(session, images, times, telemetry, out)
+            if images is not None:
+                logits = classify(session, images, telemetry.pause)
+                np.save(out / "logits.npy", logits, allow_pickle=False)
         telemetry.sample()
         telemetry.close()
     write_json(out / "telemetry.json", telemetry.samples)
-    record["peak_rss_bytes"] = memory_bytes("VmHWM")
-    record["profile"] = _profile(request, runtime, engine, options, session.shape)
-    answer(out, record, tuple(files))
+    record.setdefault("peak_rss_bytes", memory_bytes("VmHWM"))
+    record["profile"] = _profile(runtime, job, session)
+    files = [file for file, made in (("times_ns.npy", times), ("logits.npy", path)) if made]
+    answer(out, record, ("telemetry.json", *files))
+
+
+def _profiled(request: Request) -> int | None:
+    asked = request.fields.get("profile") is not None
+    return request.integer("profile", 1, MAX_PROFILE) if asked else None
 
 
 def open_images(path: Path, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
     """Map an .npy file of uint8 images (N, height, width, 3), N >= 1; nothing is loaded yet."""
-    try:
-        images = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError) as error:
-        reason = runtimes.brief(error)
-        raise AgentError(
-            "bad-artifact", f"{path.name} is not a readable .npy file: {reason}"
-        ) from error
-    if not images.size:
-        raise AgentError("bad-artifact", f"{path.name} holds no images: it is {images.shape}")
-    wanted = shape[1:]
-    if images.dtype != np.uint8 or images.shape[1:] != wanted or not images.flags.c_contiguous:
-        raise AgentError(
-            "bad-artifact",
-            f"{path.name} holds {images.dtype} {images.shape}; the engine takes uint8 (N, "
-            f"{', '.join(map(str, wanted))}) in C order",
-        )
-    return images
+    count, offset = npy.read_images(path, shape[1:])
+    return np.memmap(path, np.uint8, "r", offset, (count, *shape[1:]))
 
 
 def classify(
@@ -250,7 +254,7 @@ def _time(
     raw = timing.measure(call, duration_ns, times["min_iterations"], pause)
     telemetry.sample()
     telemetry.phase = "images"
-    np.save(out / "times_ns.npy", raw, allow_pickle=False)
+    npy.write(out / "times_ns.npy", "int64", (len(raw),), raw.tobytes())
     return warm
 
 
@@ -259,41 +263,22 @@ def _noise(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def _profile(
-    request: Request,
-    runtime: runtimes.Runtime,
-    engine: Path,
-    options: runtimes.Options,
-    shape: tuple[int, ...],
+    runtime: runtimes.Runtime | runtimes.Program,
+    job: runtimes.Job,
+    session: runtimes.Session | None,
 ) -> dict[str, Any] | None:
-    """Return the times of the kernels over `profile` calls; None unasked, or where not told."""
-    if request.fields.get("profile") is None or not hasattr(runtime, "profile"):
+    """Return the times of the kernels over some calls; None unasked, or where not told."""
+    if job.profile is None:
         return None
-    calls = request.integer("profile", 1, MAX_PROFILE)
-    kernels = cast(runtimes.Profiler, runtime).profile(engine, options, _noise(shape), calls)
-    return {"calls": calls, "kernels": [asdict(kernel) for kernel in kernels]}
-
-
-class Ticker:
-    """Progress at most once a second, with the time left by the pace so far.
-
-    Where no count is given the total is in ms and the time that passed is what is done.
-    """
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what = what
-        self.total = total
-        self.start = self.last = time.monotonic_ns()
-
-    def tick(self, now: int, done: int | None = None) -> None:
-        """Report if it is time to."""
-        if now - self.last < PROGRESS_NS:
-            return
-        self.last = now
-        passed_s = (now - self.start) / 1e9
-        if done is None:
-            done = min(self.total, int(passed_s * 1000))
-        left = passed_s / done * (self.total - done) if done else None
-        progress(self.what, done, self.total, left)
+    if isinstance(runtime, runtimes.Program):
+        kernels = runtime.profile(job)
+    elif session is not None and hasattr(runtime, "profile"):
+        noise = _noise(session.shape)
+        profiler = cast(runtimes.Profiler, runtime)
+        kernels = profiler.profile(job.engine, job.options, noise, job.profile)
+    else:
+        return None
+    return {"calls": job.profile, "kernels": [asdict(kernel) for kernel in kernels]}
 
 
 def _runtime(request: Request) -> tuple[str, runtimes.Options]:
@@ -321,10 +306,13 @@ def _batches(request: Request, best: int) -> runtimes.Batches | None:
     return None if value is None else (value[0], value[1], value[2])
 
 
-def _common(name: str, runtime: runtimes.Runtime, options: runtimes.Options) -> dict[str, Any]:
+def _common(
+    name: str, runtime: runtimes.Runtime | runtimes.Program, options: runtimes.Options
+) -> dict[str, Any]:
+    versions = {name: runtime.version()["version"], "numpy": _numpy()}
     return {
         "runtime": name,
-        "versions": {name: runtime.version()["version"], "numpy": np.__version__},
+        "versions": {key: version for key, version in versions.items() if version is not None},
         "batch": options.batch,
         "batches": options.batches,
         "threads": options.threads,

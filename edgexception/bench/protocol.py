@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgexception.agent.manifest import FILE as MANIFEST
 from edgexception.agent.runtimes import TIMING_CACHE
 from edgexception.bench.statistics import Times
-from edgexception.device import Device, Progress
+from edgexception.device import Device, Progress, Timing
 from edgexception.errors import BadArtifact, EdgexError, MeasurementInvalid, UsageError
 from edgexception.recipe import BenchSpec
 
@@ -83,14 +83,15 @@ def measure_latency(
     `spec.batch_sizes` is not looked at: an engine says its own. `power` is what the agent changes
     and puts back in each run: `mode`, a Jetson's power mode or None, and `lock_clocks`.
 
-    Raises MeasurementInvalid for times that cannot be, and what the agent refuses; the error's
-    `engine` names the one it was.
+    Raises MeasurementInvalid for times that cannot be and for rounds that were timed in different
+    ways, and what the agent refuses; the error's `engine` names the one it was.
     """
     keys = [engine.key for engine in engines]
     if len(set(keys)) != len(keys) or not keys:
         raise UsageError(f"engines to measure need keys that differ; these are {keys}")
     timing = spec.model_dump(include={"warmup_ms", "duration_ms", "min_iterations"})
     raw: dict[str, list[Times]] = {key: [] for key in keys}
+    ways: dict[str, str] = {}
     total = spec.rounds * len(engines)
     start, done = time.monotonic(), 0
     for turn in range(spec.rounds):
@@ -107,7 +108,8 @@ def measure_latency(
             try:
                 last = turn == spec.rounds - 1
                 calls = spec.min_iterations if last else None
-                _run(engine, device, out, timing=timing, power=power, profile=calls)
+                record = _run(engine, device, out, timing=timing, power=power, profile=calls)
+                _check_way(engine, record.get("timing"), ways)
                 raw[engine.key].append(_times(out, engine.key, spec))
             except EdgexError as error:
                 error.engine = engine.key
@@ -154,7 +156,7 @@ def _run(
     progress: Report | None = None,
     power: Mapping[str, Any] | None = None,
     profile: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     name = f"engine{engine.path.suffix}"
     files = {name: engine.path, MANIFEST: engine.path.with_name(MANIFEST)}
     if images is not None:
@@ -173,6 +175,18 @@ def _run(
     }
     record = device.call("run", request, files, out, progress)
     (out / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def _check_way(engine: Engine, told: object, ways: dict[str, str]) -> None:
+    """Raise MeasurementInvalid where engines of one runtime are timed in different ways."""
+    way = "timed by the agent's clock" if told is None else str(Timing.model_validate(told))
+    known = ways.setdefault(engine.runtime, way)
+    if way != known:
+        raise MeasurementInvalid(
+            f"{engine.key}: {way}; {engine.runtime} was before {known}. Such times are not to be "
+            "compared: change nothing on the device while it measures, and start again"
+        )
 
 
 def _times(out: Path, key: str, spec: BenchSpec) -> Times:

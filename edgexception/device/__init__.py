@@ -17,6 +17,7 @@ from edgexception.device.contract import (
     Progress,
     RunRecord,
     RuntimeFacts,
+    Timing,
 )
 from edgexception.device.local import LocalDevice, local_device
 from edgexception.device.recorded import RecordedDevice
@@ -38,6 +39,7 @@ __all__ = [
     "RunRecord",
     "RuntimeFacts",
     "SshDevice",
+    "Timing",
     "local_device",
     "open_device",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -90,6 +90,8 @@ class RuntimeFacts(Facts):
     devices: list[str] = Field(default_factory=list)
     gpus: list[GpuFacts] = Field(default_factory=list)
     """Of runtimes that run on NVIDIA GPUs: those here, the first is used."""
+    program: str | None = None
+    """What builds and runs in place of the Python package, which cannot be used here."""
     missing: str | None = None
 
 
@@ -104,7 +106,7 @@ class ProbeRecord(Facts):
     memory: MemoryFacts
     power_mode: str | None = None
     """A Jetson's, as nvpmodel calls it; None elsewhere."""
-    numpy: str
+    numpy: str | None
     runtimes: dict[str, RuntimeFacts]
     log: list[str] = Field(default_factory=list)
 
@@ -207,11 +209,32 @@ class Profile(Facts):
     kernels: list[KernelTime]
 
 
+class Timing(Facts):
+    """How a program took the times; times that were taken otherwise are not to be compared."""
+
+    clock: Literal["trtexec"]
+    """Copying there, computing and copying back, by CUDA events: no time of the host is in it."""
+    cuda_graph: bool
+    spin_wait: bool
+    transfers: bool
+    overlap: bool
+
+    def __str__(self) -> str:
+        """Return it in words, for a report."""
+        ways = self.model_dump(exclude={"clock"}).items()
+        return f"timed by {self.clock}: " + ", ".join(
+            f"{name.replace('_', ' ')} {'on' if state else 'off'}" for name, state in ways
+        )
+
+
 class RunRecord(EngineRecord):
     """What `run` answers, beside its files."""
 
     import_s: float
-    open_s: float
+    open_s: float | None
+    """None where a program opens the engine by itself."""
+    timing: Timing | None = None
+    """None: by the agent's clock, around a call from images to logits in host memory."""
     warmup_iterations: int
     peak_rss_bytes: int | None
     power_mode: str | None = None

@@ -24,7 +24,7 @@ from edgexception.bench.kernel_times import slower_blocks, spent
 from edgexception.bench.paired import paired
 from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
 from edgexception.calibration_size import too_few
-from edgexception.device import BuildRecord, ProbeRecord, Profile
+from edgexception.device import BuildRecord, ProbeRecord, Profile, RuntimeFacts, Timing
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
 from edgexception.report.dla import dla_planned
@@ -130,6 +130,8 @@ class Measured:
     rounds: list[Times] | None = None
     conditions: Conditions | None = None
     profile: Profile | None = None
+    timing: Timing | None = None
+    """How the times were taken; only those that were taken alike are compared."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _versions(machine: ProbeRecord) -> dict[str, str]:
     for name in ("torch", "nncf", "onnx"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return {"numpy": machine.numpy, **found}
+    return {**({"numpy": machine.numpy} if machine.numpy else {}), **found}
 
 
 def _calibration(found: Findings) -> Calibration | None:
@@ -305,11 +307,12 @@ def _row(found: Findings, place: Place) -> Row:
         device, machine = found.away
         facts["machine"] = _machine(device, machine)
     known = found.away is not None or not elsewhere
-    version_there = machine.runtimes[place.runtime].version if known else None
+    there = machine.runtimes[place.runtime] if known else RuntimeFacts()
     return Row(
         target=place.target,
         runtime=place.runtime,
-        runtime_version=version_there,
+        runtime_version=there.version,
+        program=there.program,
         precision=place.precision,
         batch=place.batch,
         batches=place.batches,
@@ -335,11 +338,12 @@ def _listing(record: BuildRecord) -> Listing | None:
 
 
 def mark_fastest(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Return the rows, those of the fastest of several measured runtimes marked."""
-    contests: dict[tuple[str, str, int], list[Row]] = {}
+    """Return the rows, those of the fastest of several runtimes marked that were timed alike."""
+    contests: dict[tuple[str, str, int, str], list[Row]] = {}
     for row in rows:
         if row.latency is not None:
-            contests.setdefault((row.target, row.precision, row.batch), []).append(row)
+            contest = (row.target, row.precision, row.batch, str(row.timing))
+            contests.setdefault(contest, []).append(row)
     won = [min(contest, key=_median_ms) for contest in contests.values() if len(contest) > 1]
     return tuple(
         row.model_copy(update={"fastest": True}) if any(row is w for w in won) else row
@@ -377,12 +381,13 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
         "latency": Latency.model_validate(latency),
         "images_per_second": place.batch / latency.median_ms * 1000,
         "conditions": measured.conditions and TimedUnder.model_validate(measured.conditions),
+        "timing": measured.timing,
     }
     if measured.profile is not None:
         facts["spent"] = Spent.model_validate(spent(measured.profile))
-    slow = found.measured.get(replace(place, precision="fp32"), Measured()).rounds
-    if slow is not None and place.precision != "fp32":
-        facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow, measured.rounds))
+    slow = found.measured.get(replace(place, precision="fp32"), Measured())
+    if slow.rounds is not None and slow.timing == measured.timing and place.precision != "fp32":
+        facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow.rounds, measured.rounds))
     if is_int8(place.precision):
         facts["gain"] = _gain(found, place, measured)
     return facts
@@ -394,6 +399,7 @@ def _gain(found: Findings, place: Place, int8: Measured) -> Gain | None:
         other: times.rounds
         for other, times in found.measured.items()
         if times.rounds is not None
+        and times.timing == int8.timing
         and not is_int8(other.precision)
         and other == replace(place, precision=other.precision)
     }

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from edgexception.device import LayerPlacement
+from edgexception.device import LayerPlacement, Timing
 from edgexception.prune.plan import LayerChange, PlannedLatency
 from edgexception.report.network import Network
 
@@ -220,6 +220,8 @@ class Row(Record):
     target: str
     runtime: str
     runtime_version: str | None
+    program: str | None = None
+    """What builds and runs where the runtime's Python package cannot be used: trtexec."""
     precision: str
     batch: int
     batches: tuple[int, int, int] | None = None
@@ -240,6 +242,9 @@ class Row(Record):
     dla: DlaPlanned | None = None
     """Of an engine that is asked to run on a DLA."""
     latency: Latency | None = None
+    timing: Timing | None = None
+    """How a program took the times; None is the agent's clock. Rows that differ in it are not
+    compared."""
     conditions: TimedUnder | None = None
     images_per_second: float | None = None
     spent: Spent | None = None

@@ -172,8 +172,11 @@ def regret_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def condition_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Say of engines what throttled while they were timed, and what an image costs in energy."""
+    """Say of engines what ran and timed them, what throttled, and what an image costs in energy."""
     for row in rows:
+        if row.program is not None:
+            way = "" if row.timing is None else f"; {row.timing}"
+            yield f"{row_name(row)}: {row.program} in place of a Python package{way}"
         found = row.conditions
         if found is None:
             continue

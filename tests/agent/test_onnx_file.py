@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tiny_engine import SIDE, tiny_model
+from tiny_engine import CLASSES, SIDE, tiny_model
 
-from edgexception.agent.onnx_file import input_sizes, operators
+from edgexception.agent.onnx_file import OPEN, ends, operators, profile_shapes
 from edgexception.agent.protocol import AgentError
 
 CONTENT = tiny_model().SerializeToString()
@@ -123,23 +125,37 @@ def test_a_truncated_model_never_gains_operators(tmp_path: Path, size: int) -> N
         assert fault.startswith("bad-artifact: m.onnx ")
 
 
-@pytest.mark.parametrize(("batch", "first"), [("batch", None), (4, 4)])
-def test_the_sizes_of_the_input(batch: str | int, first: int | None, tmp_path: Path) -> None:
-    model = tiny_model(batch)
-    path = written(tmp_path / "m.onnx", model.SerializeToString())
-    assert input_sizes(path) == (first, SIDE, SIDE, 3)
-    model.graph.input.append(model.graph.input[0])
-    with pytest.raises(AgentError, match="has 2 inputs"):
-        input_sizes(written(tmp_path / "m.onnx", model.SerializeToString()))
+def test_ends_are_read_with_types_and_open_sizes(tmp_path: Path) -> None:
+    for batch, size in (("batch", OPEN), (3, 3)):
+        onnx.save(tiny_model(batch), tmp_path / "model.onnx")
+        assert ends(tmp_path / "model.onnx") == (
+            [("images", "uint8", (size, SIDE, SIDE, 3))],
+            [("logits", "float32", (size, CLASSES))],
+        )
+
+
+def test_a_dynamic_batch_wants_one_open_size(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    model = tiny_model("batch")
+    onnx.save(model, path)
+    assert profile_shapes(path, None) is None
+    assert profile_shapes(path, (1, 4, 8)) == tuple((n, SIDE, SIDE, 3) for n in (1, 4, 8))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
+    for refused in (model, tiny_model(4)):
+        onnx.save(refused, path)
+        with pytest.raises(AgentError, match="that one size must be open"):
+            profile_shapes(path, (1, 4, 8))
 
 
 @QUICK
-@given(at=st.integers(0, len(CONTENT) - 1), byte=st.integers(0, 255))
-def test_any_byte_changed_gives_sizes_or_a_refusal(tmp_path: Path, at: int, byte: int) -> None:
-    content = CONTENT[:at] + bytes([byte]) + CONTENT[at + 1 :]
-    try:
-        found = input_sizes(written(tmp_path / "m.onnx", content))
-    except AgentError as error:
-        assert error.kind == "bad-artifact"  # noqa: PT017 - either end is right
-    else:
-        assert all(size is None or type(size) is int for size in found)
+@given(st.data())
+def test_ends_of_a_mangled_model_are_read_or_refused(data: st.DataObject) -> None:
+    content = bytearray(CONTENT)
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(content)
+        with contextlib.suppress(AgentError):
+            for end in (*ends(path)[0], *ends(path)[1]):
+                assert [type(part) for part in end] == [str, str, tuple]

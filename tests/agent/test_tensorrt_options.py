@@ -37,11 +37,12 @@ MODEL, ENGINE, TIMES = Path("model.onnx"), Path("engine.plan"), Path("times.json
 MEASURES = st.builds(
     MeasureOptions,
     warmup_ms=st.integers(1, 10_000),
-    duration_s=st.integers(0, 60),
+    duration_ms=st.integers(0, 60_000),
     min_iterations=st.integers(1, 1000),
     cuda_graph=st.booleans(),
     spin_wait=st.booleans(),
     transfers=st.booleans(),
+    overlap=st.booleans(),
 )
 SHAPES = ((1, 150, 150, 3), (4, 150, 150, 3), (8, 150, 150, 3))
 BUILDS = st.builds(
@@ -154,7 +155,9 @@ def test_float32_is_float32(version: str) -> None:
 def test_what_is_measured_does_not_depend_on_the_defaults(version: str, wanted: bool) -> None:
     """Defaults of trtexec: off, off, transfers on until 10; on, on, off from 11."""
     number = parse_version(version)
-    measure = MeasureOptions(200, 3, 10, cuda_graph=wanted, spin_wait=wanted, transfers=wanted)
+    measure = MeasureOptions(
+        200, 3, 10, cuda_graph=wanted, spin_wait=wanted, transfers=wanted, overlap=wanted
+    )
     given_flags = names(measure_command(measure, number, ENGINE, TIMES))
     if number < (11,):
         state = {
@@ -168,6 +171,7 @@ def test_what_is_measured_does_not_depend_on_the_defaults(version: str, wanted: 
             "spin_wait": "--noSpinWait" not in given_flags,
             "transfers": "--includeDataTransfers" in given_flags,
         }
+    state["overlap"] = "--exposeDMA" not in given_flags
     assert state == dict.fromkeys(state, wanted)
 
 

@@ -28,14 +28,14 @@ def test_every_call_is_timed_and_the_pauses_are_not() -> None:
     assert len(times) == len(calls) == len(pauses) + 1 == 8
     assert not any(calls), "the garbage collector must rest while times are taken"
     assert gc.isenabled()
-    assert times.dtype.kind == "i"
-    assert (times >= 2_000_000).all()
+    assert times.typecode == "q"
+    assert min(times) >= 2_000_000
     assert sorted(times)[4] < 8_000_000, "a pause of 10 ms must not be in a time"
 
 
 def test_it_goes_on_until_the_duration_is_over() -> None:
     times = timing.measure(lambda: time.sleep(0.001), 60_000_000, 3, lambda _: None)
-    assert times.sum() >= 45_000_000
+    assert sum(times) >= 45_000_000
     assert 10 < len(times) < 70
 
 

@@ -185,6 +185,18 @@ def test_a_log_tells_version_device_and_end() -> None:
     assert log.errors == ()
 
 
+def test_recorded_logs_of_an_orin() -> None:
+    (newer, older) = (parse_log("\n".join(lines)) for lines in RECORDED["logs"].values())
+    assert (newer.device, newer.sm, newer.version) == ("Orin", 87, None)
+    assert (older.version, older.passed, older.errors) == ("10.3.0", None, ())
+
+
+def test_a_log_tells_the_inferences_before_those_that_count() -> None:
+    line = "[11/25/2026-10:00:09] [I] Warmup completed 271 queries over 200 ms\n"
+    assert parse_log(LOG + line).warm_up == 271
+    assert parse_log(LOG).warm_up is None
+
+
 def test_a_log_of_a_failure_has_its_errors() -> None:
     log = parse_log(
         "&&&& RUNNING TensorRT.trtexec [TensorRT v110400] # trtexec --onnx=x\n"

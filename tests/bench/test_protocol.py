@@ -67,6 +67,29 @@ def test_times_that_cannot_be_are_invalid(tmp_path: Path, times: NDArray[Any]) -
         measure_latency(engines(1, tmp_path), SPEC, device, tmp_path / "w")
 
 
+TRTEXEC = {
+    "clock": "trtexec",
+    "cuda_graph": False, "spin_wait": False, "transfers": True, "overlap": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("others", [None, {**TRTEXEC, "transfers": False}])
+def test_rounds_that_were_timed_in_different_ways_are_invalid(
+    tmp_path: Path, others: dict[str, Any] | None
+) -> None:
+    device = ScriptedDevice({"times_ns.npy": TIMES}, [{"timing": TRTEXEC}] * 2)
+    measure_latency(engines(2, tmp_path), SPEC.model_copy(update={"rounds": 1}), device,
+                    tmp_path / "a")  # fmt: skip
+    device = ScriptedDevice(
+        {"times_ns.npy": TIMES}, [{"timing": TRTEXEC}] * 3 + [{"timing": others}]
+    )
+    way = "the agent's clock" if others is None else "trtexec: cuda graph off.*transfers off"
+    with pytest.raises(MeasurementInvalid, match=rf"e0: timed by {way}.*transfers on") as caught:
+        measure_latency(engines(1, tmp_path), SPEC.model_copy(update={"rounds": 4}), device,
+                        tmp_path / "b")  # fmt: skip
+    assert caught.value.engine == "e0"
+
+
 def test_times_that_are_missing_or_objects_are_broken(tmp_path: Path) -> None:
     with pytest.raises(BadArtifact, match=r"times_ns\.npy"):
         measure_latency(engines(1, tmp_path), SPEC, ScriptedDevice({}), tmp_path / "a")

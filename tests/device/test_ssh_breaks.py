@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sshd import LONG, Sshd, Wire, at, processes, run_on, wait_until
+from sshd import ASKED, LONG, Sshd, Wire, at, processes, run_on, wait_until
 
 from edgexception.device import Progress, open_device
 from edgexception.errors import DeviceLost, OutOfResources
@@ -46,6 +46,31 @@ def test_a_connection_cut_while_the_agent_measures(sshd: Sshd, built: Path, tmp_
         wait_until(lambda: not sshd.left())
         device.address = device.address.model_copy(update={"port": sshd.port})
         run_on(device, built, tmp_path / "out", None)  # it connects anew
+
+
+def test_a_connection_cut_while_an_engine_is_built(
+    sshd: Sshd, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    """The far end has told of the build's start when the wire is cut: it is in it, or just done."""
+    wire = Wire(sshd.port)
+    sshd.know(wire.port)
+    told: list[str] = []
+
+    def cut(step: Progress) -> None:
+        if step.what.startswith("build "):
+            told.append(step.what)
+            wire.cut()
+
+    request, files = {**ASKED, "model": "m"}, {"m": tiny_onnx}
+    with at(sshd, port=wire.port) as device:
+        with pytest.raises(DeviceLost, match="build on orin: the connection ended"):
+            device.call("build", request, files, tmp_path / "out", cut)
+        assert told
+        wait_until(lambda: not processes(sshd))
+        wait_until(lambda: not sshd.left())
+        assert list(tmp_path.iterdir()) == [], "nothing half-built is here"
+        device.address = device.address.model_copy(update={"port": sshd.port})
+        device.call("build", request, files, tmp_path / "out")  # it connects anew
 
 
 def test_a_killed_agent_is_out_of_resources_and_the_device_stays(

@@ -10,10 +10,11 @@ from test_gates import row
 
 from edgexception.agent.tensorrt_options import BuildOptions, read_options
 from edgexception.bench.statistics import Times
+from edgexception.device import Timing
 from edgexception.recipe import TensorRtSpec
-from edgexception.report.assemble import Measured, Place, _gain, mark_fastest
+from edgexception.report.assemble import Measured, Place, _gain, _speed, mark_fastest
 from edgexception.report.record import Estimate, Gain, Latency, Row, Slower, Spent
-from edgexception.report.render import regret_lines
+from edgexception.report.render import condition_lines, regret_lines
 from edgexception.targets import Precision
 
 
@@ -50,6 +51,37 @@ def test_without_a_choice_nothing_wins() -> None:
     assert winners(timed(4.0)) == []
     assert winners(timed(4.0, target="cpu-x86"), timed(3.0, target="another")) == []
     assert winners(timed(4.0), row(runtime="other", status="failed", latency=None)) == []
+
+
+WAY = Timing(clock="trtexec", cuda_graph=False, spin_wait=False, transfers=True, overlap=False)
+
+
+def test_times_that_were_taken_in_different_ways_are_not_compared() -> None:
+    ours, theirs = timed(3.0, runtime="a"), timed(2.0, runtime="b", timing=WAY)
+    assert winners(ours, theirs) == []
+    assert winners(ours, theirs, timed(1.0, runtime="c", timing=WAY)) == [2]
+    other = WAY.model_copy(update={"cuda_graph": True})
+    assert winners(theirs, timed(1.0, runtime="c", timing=other)) == []
+
+    int8, slow = place("int8"), place("fp32")
+    for way, compared in ((None, False), (other, False), (WAY, True)):
+        measured = {
+            slow: Measured(rounds=rounds_of(4.0), timing=way),
+            int8: Measured(rounds=rounds_of(2.0), timing=WAY),
+        }
+        found: Any = SimpleNamespace(measured=measured)
+        facts = _speed(found, int8, measured[int8])
+        assert ("speedup" in facts) == compared
+        assert (facts["gain"] is not None) == compared
+        assert facts["timing"] == WAY
+
+
+def test_the_page_names_the_program_and_how_it_timed() -> None:
+    (line,) = condition_lines([row(program="/usr/bin/trtexec", timing=WAY), row()])
+    assert line == (
+        "cpu-x86 openvino int8 b1: /usr/bin/trtexec in place of a Python package; timed by "
+        "trtexec: cuda graph off, spin wait off, transfers on, overlap off"
+    )
 
 
 # --- is INT8 worth it -----------------------------------------------------------------------------

@@ -1,26 +1,31 @@
 """The runtimes an agent can meet, one module each, imported when it is asked for.
 
 An adapter is a module with three functions, `Runtime` below, and a fourth where the runtime tells
-the times of its kernels, `Profiler`. Every model and engine has the same contract: input `images`,
-uint8 (batch, height, width, 3); output `logits`, float32 (batch, classes). The batch is fixed, or
-open within the bounds that its build was told (`Options.batches`).
+the times of its kernels, `Profiler`; one for a program that runs engines by itself has `Program`
+in their place. Every model and engine has the same contract: input `images`, uint8 (batch, height,
+width, 3); output `logits`, float32 (batch, classes). The batch is fixed, or open within the bounds
+that its build was told (`Options.batches`).
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.tensorrt_options import BuildOptions
+
+if TYPE_CHECKING:  # a device where trtexec alone builds and runs may have no numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgexception.agent.telemetry import Telemetry
 
 MODULES = {
     "onnxruntime": "edgexception.agent.runtimes.ort",
@@ -30,6 +35,9 @@ MODULES = {
     "tensorrt": "edgexception.agent.runtimes.tensorrt",
     "tensorrt-rtx": "edgexception.agent.runtimes.tensorrt_rtx",
 }
+
+PROGRAMS = {"tensorrt": "edgexception.agent.runtimes.trtexec"}
+"""What builds and runs the engines of a runtime where its Python package cannot be used."""
 
 ENGINE_FILES = {
     "onnxruntime": "engine.onnx",
@@ -141,19 +149,73 @@ class Profiler(Protocol):
         ...
 
 
+@runtime_checkable
+class Program(Protocol):
+    """What the module of a program offers that builds engines and measures them by itself."""
+
+    def present(self) -> bool:
+        """Whether the program is there."""
+        ...
+
+    def version(self) -> dict[str, Any]:
+        """As `Runtime.version`; `program` says which one it is."""
+        ...
+
+    def build(self, model: Path, options: Options, out: Path) -> dict[str, Any]:
+        """As `Runtime.build`."""
+        ...
+
+    def run(self, job: Job, telemetry: Telemetry) -> dict[str, Any]:
+        """Run an engine; leave the files of the answer in `job.out`, return its record.
+
+        The record has `settings`, `timing`, `warmup_iterations` and `peak_rss_bytes`.
+        """
+        ...
+
+    def profile(self, job: Job) -> list[KernelTime]:
+        """As `Profiler.profile`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a `Program` is to run."""
+
+    engine: Path
+    options: Options
+    settings: dict[str, Any]
+    """Of the build record, as the engine's manifest kept them."""
+    images: Path | None
+    """uint8 (N, height, width, 3) as `.npy`; where None, no logits are asked for."""
+    times: dict[str, int] | None
+    """`warmup_ms`, `duration_ms`, `min_iterations`; where None, it is not timed."""
+    profile: int | None
+    """How many calls its kernels are timed over."""
+    out: Path
+
+
 PROFILE_WARM_UP = 5
 """Calls before those that count."""
 
 
-def load(name: str) -> Runtime:
-    """Import a runtime's adapter; a not-possible-here AgentError says why it cannot be."""
+def load(name: str) -> Runtime | Program:
+    """Import a runtime's adapter; a not-possible-here AgentError says why it cannot be.
+
+    Where the runtime cannot be imported and a program is there that stands in for it, that one's.
+    """
     try:
         return cast(Runtime, importlib.import_module(MODULES[name]))
     except Exception as error:  # whatever stops a foreign import is the reason
+        missing, remedy = brief(error), f"install it with `pip install {PACKAGES[name]}`"
+        if name in PROGRAMS:
+            program = cast(Program, importlib.import_module(PROGRAMS[name]))
+            if program.present():
+                instead = PROGRAMS[name].rpartition(".")[2]
+                sys.stderr.write(f"{name}: {missing}; {instead} takes its place\n")
+                return program
+            missing += f", and there is no {PROGRAMS[name].rpartition('.')[2]}"
         raise AgentError(
-            "not-possible-here",
-            f"{name} cannot be used on this machine: {brief(error)}; install it with "
-            f"`pip install {PACKAGES[name]}`",
+            "not-possible-here", f"{name} cannot be used on this machine: {missing}; {remedy}"
         ) from error
 
 

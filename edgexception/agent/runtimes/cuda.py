@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from edgexception.agent.protocol import AgentError
+
+if TYPE_CHECKING:  # the facts of a GPU are asked for where no numpy is
+    import numpy as np
+    from numpy.typing import NDArray
 
 LIBRARY = "libcuda.so.1"
 RELEASE = Path("/proc/driver/nvidia/version")

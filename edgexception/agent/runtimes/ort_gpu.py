@@ -27,12 +27,11 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import operators, profile_shapes
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
 from edgexception.agent.runtimes.ort import check_ends, fix_batch, session_options
-from edgexception.agent.runtimes.trt_family import profile_shapes
 
 TENSORRT = "TensorrtExecutionProvider"
 _SHOWN = 5
@@ -101,7 +100,7 @@ class Adapter:
 
         Options of its provider (ONNX Runtime, "TensorRT Execution Provider"): all three, or none.
         """
-        shapes = profile_shapes(model, options)
+        shapes = profile_shapes(model, options.batches)
         if shapes is None or self.provider != TENSORRT:
             return {}
         names = ("min", "opt", "max")

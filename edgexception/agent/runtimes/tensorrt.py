@@ -20,7 +20,7 @@ import tensorrt as trt
 from numpy.typing import NDArray
 
 from edgexception.agent import machine
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import operators, profile_shapes
 from edgexception.agent.placement import sparse_layers
 from edgexception.agent.protocol import AgentError, progress
 from edgexception.agent.runtimes import (
@@ -33,7 +33,7 @@ from edgexception.agent.runtimes import (
     brief,
 )
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
-from edgexception.agent.runtimes.trt_family import open_session, profile_shapes, set_batch
+from edgexception.agent.runtimes.trt_family import open_session, set_batch
 from edgexception.agent.tensorrt_options import (
     BuilderCalls,
     BuildOptions,
@@ -115,7 +115,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
             f"SM{options.sm} build on such a device",
         )
     operators(model)
-    shapes = profile_shapes(model, options)
+    shapes = profile_shapes(model, options.batches)
     wanted = replace(_build_options(options), shapes=shapes)
     check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
     if wanted.sparse_weights and not sparse_layers(model):

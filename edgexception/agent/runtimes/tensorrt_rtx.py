@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import tensorrt_rtx_bindings as trt
 
-from edgexception.agent.onnx_file import operators
+from edgexception.agent.onnx_file import operators, profile_shapes
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, brief
 from edgexception.agent.runtimes.cuda import gpus
@@ -51,7 +51,7 @@ from edgexception.agent.runtimes.rtx_layers import (
     layer_placement,
     read_kernels,
 )
-from edgexception.agent.runtimes.trt_family import open_session, profile_shapes, set_batch
+from edgexception.agent.runtimes.trt_family import open_session, set_batch
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _PADDING = 64
@@ -93,7 +93,7 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     """Build for the compute capability `options.sm`; no GPU is touched."""
     capability = _capability(options.sm)
     operators(model)
-    shapes = profile_shapes(model, options)
+    shapes = profile_shapes(model, options.batches)
     log = _Log()
     with blaming(f"tensorrt-rtx cannot build {model.name}"):
         builder = trt.Builder(log)

@@ -13,31 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgexception.agent.onnx_file import input_sizes
+from edgexception.agent.onnx_file import Shapes
 from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming, check_contract
 from edgexception.agent.runtimes.cuda import Memory, first_gpu
-
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def profile_shapes(model: Path, options: Options) -> Shapes | None:
-    """Return the least, best and greatest shape of `images`; None where the batch is fixed.
-
-    Raises a bad-artifact AgentError for a model with another open size, or a fixed batch.
-    """
-    if options.batches is None:
-        return None
-    sizes = input_sizes(model)
-    fixed = tuple(size for size in sizes[1:] if size is not None)
-    if sizes[:1] != (None,) or len(fixed) != len(sizes) - 1:
-        raise AgentError(
-            "bad-artifact",
-            f"{model.name} reads images of {sizes} (None is open): for a dynamic batch that one "
-            "size must be open; export it without a batch",
-        )
-    least, best, greatest = options.batches
-    return (least, *fixed), (best, *fixed), (greatest, *fixed)
 
 
 def set_batch(
