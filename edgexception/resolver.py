@@ -79,7 +79,7 @@ def settle(recipe: Recipe, machine: ProbeRecord) -> tuple[Recipe, list[str]]:
         specs.append(spec.model_copy(update={"target": name}))
         if find_target(name).module is None:
             continue
-        version = _version_there(name, machine)
+        facts, version = machine.runtimes.get("tensorrt"), _version_there(name, machine)
         said += differences(name, machine)
         if facts and facts.program and version:
             said.append(

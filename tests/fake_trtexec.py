@@ -161,6 +161,9 @@ class Run:
         say("I", "Engine built in 0.1 sec.")
         if "no engine" not in self.faults:
             Path(self.told["--saveEngine"]).write_bytes(content)
+        if "--timingCacheFile" in self.told:
+            cache = Path(self.told["--timingCacheFile"])
+            cache.write_bytes((cache.read_bytes() if cache.exists() else b"") + b"timed;")
         self.export("--exportLayerInfo", json.dumps(head["layers"]))
 
     def infer(self) -> None:

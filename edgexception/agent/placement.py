@@ -73,6 +73,16 @@ def sparse_layers(model: Path) -> list[str]:
     return [name for name, facts in planned.items() if "sparse" in facts]
 
 
+def check_sparse(model: Path) -> None:
+    """Raise the AgentError of an engine that would gain nothing from sparse kernels."""
+    if not sparse_layers(model):
+        raise AgentError(
+            "usage",
+            f"sparse_weights: no layer of {model.name} has 2 zeros in every 4 weights; prune with "
+            "`sparsity`, or leave it out",
+        )
+
+
 def _planned(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]:
     try:
         planned = json.loads(metadata.get(METADATA, "{}"))

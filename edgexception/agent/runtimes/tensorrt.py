@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgexception.agent import machine
 from edgexception.agent.onnx_file import operators, profile_shapes
-from edgexception.agent.placement import sparse_layers
+from edgexception.agent.placement import check_sparse
 from edgexception.agent.protocol import AgentError, progress
 from edgexception.agent.runtimes import (
     PROFILE_WARM_UP,
@@ -118,12 +118,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     shapes = profile_shapes(model, options.batches)
     wanted = replace(_build_options(options), shapes=shapes)
     check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
-    if wanted.sparse_weights and not sparse_layers(model):
-        raise AgentError(
-            "usage",
-            f"sparse_weights: no layer of {model.name} has 2 zeros in every 4 weights; prune with "
-            "`sparsity`, or leave it out",
-        )
+    if wanted.sparse_weights:
+        check_sparse(model)
     log = _Log()
     with blaming(f"tensorrt cannot build {model.name}"):
         calls = builder_calls(wanted, number)

@@ -24,6 +24,7 @@ from typing import Any
 from edgexception.agent import machine, npy
 from edgexception.agent import trtexec_program as program
 from edgexception.agent.onnx_file import OPEN, ends, operators, profile_shapes
+from edgexception.agent.placement import check_sparse
 from edgexception.agent.protocol import AgentError, Ticker, progress
 from edgexception.agent.runtimes import TIMING_CACHE, Job, KernelTime, Options, check_contract
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
@@ -89,6 +90,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         shapes = profile_shapes(model, options.batches) or (shape, shape, shape)
         wanted = replace(wanted, shapes=shapes)
     check(wanted, number, Gpu(gpu["sm"], machine.facts()["board"]))
+    if wanted.sparse_weights:
+        check_sparse(model)
     start = time.monotonic()
     last = start
 
@@ -313,14 +316,14 @@ def _built_shape(job: Job) -> tuple[int, ...]:
 
 def _shape(model: Path, options: Options) -> tuple[tuple[int, int, int, int], bool]:
     """Return the shape of `images` at the batch of the options, and whether the graph leaves it."""
-    sides = ends(model)
-    is_open = all(shape[:1] == (OPEN,) for _, _, shape in sides[0])
+    inputs, outputs = ends(model)
+    is_open = all(shape[:1] == (OPEN,) for _, _, shape in inputs)
     if options.batches is None:
-        sides = tuple(
+        inputs, outputs = (
             [(name, kind, _at_batch(shape, options.batch)) for name, kind, shape in side]
-            for side in sides
+            for side in (inputs, outputs)
         )
-    shape, _ = check_contract(sides[0], sides[1], options)
+    shape, _ = check_contract(inputs, outputs, options)
     return shape, is_open
 
 
