@@ -91,6 +91,34 @@ def emulated_device(folder: Path, shared: Path, cpu: str = "cortex-a76") -> Loca
     return LocalDevice(f"emulated {cpu}", (enter, cpu, str(shared), "python3", "-E", str(agent)))
 
 
+def find_python(version: str) -> Path:
+    """Return a native Python "3.10" of this machine: on the PATH, or one of pyenv's."""
+    pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
+    for found in (shutil.which(f"python{version}"), *pyenv):
+        # pyenv puts a stand-in on the PATH that refuses where that version is not chosen.
+        if (
+            found
+            and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0
+        ):
+            return Path(found)
+    raise LookupError(f"there is no Python {version} here")
+
+
+def native_device(folder: Path, shared: Path, version: str) -> LocalDevice:
+    """Return this machine as a device that runs the agent's zipapp in another Python.
+
+    NumPy and ONNX Runtime come from PyPI, into a virtual environment in `folder`.
+    """
+    agent, python = shared / "agent.pyz", folder / "bin/python"
+    agent.write_bytes(agent_archive())
+    if not (folder / "ready").exists():
+        subprocess.run([find_python(version), "-m", "venv", "--clear", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, *WHEELS], check=True)
+        (folder / "ready").touch()
+    return LocalDevice(f"Python {version}", (str(python), "-E", str(agent)))
+
+
 def _download(apt: Path) -> list[Path]:
     """Return Debian's packages and all that they need, for both architectures."""
     for name in ("state/lists/partial", "cache/archives/partial", "etc/apt.conf.d"):

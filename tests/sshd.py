@@ -38,9 +38,15 @@ SHORT = {"warmup_ms": 1, "duration_ms": 1, "min_iterations": 5}
 
 
 class Sshd:
-    """A running sshd, and what an `ssh` that knows it has on its PATH."""
+    """A running sshd, and what an `ssh` that knows it has on its PATH.
 
-    def __init__(self, folder: Path, file_limit: int | None = None) -> None:
+    `forced` is a shell's command line that runs in place of what is asked for, which is in
+    $SSH_ORIGINAL_COMMAND.
+    """
+
+    def __init__(
+        self, folder: Path, file_limit: int | None = None, forced: str | None = None
+    ) -> None:
         if SSHD is None or CLIENT is None:
             pytest.skip("there is no sshd here: install openssh-server")
         self.folder = folder
@@ -53,7 +59,7 @@ class Sshd:
         self.port = free_port()
         self._client()
         self.know(self.port)
-        self._start(file_limit)
+        self._start(file_limit, forced)
 
     @property
     def url(self) -> str:
@@ -87,7 +93,7 @@ class Sshd:
         script.write_text(f'#!/bin/sh\nexec {CLIENT} -F "{config}" "$@"\n')
         script.chmod(0o755)
 
-    def _start(self, file_limit: int | None) -> None:
+    def _start(self, file_limit: int | None, forced: str | None) -> None:
         bin_path = f"{self.folder / 'tools'}:{Path(sys.executable).parent}:/usr/bin:/bin"
         home = str(self.home).replace("\\", "\\\\").replace('"', '\\"')
         (self.folder / "sshd_config").write_text(
@@ -95,6 +101,7 @@ class Sshd:
             f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nPidFile none\nUsePAM no\n"
             "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             f'PermitRootLogin prohibit-password\nSetEnv "HOME={home}" "PATH={bin_path}"\n'
+            + (f"ForceCommand {forced}\n" if forced else "")
         )
         if os.getuid() == 0:  # sshd of root wants its empty folder for the unprivileged part
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
