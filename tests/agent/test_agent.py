@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import zipapp
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ def ask(
 
 
 def test_probe_tells_machine_and_runtimes(tmp_path: Path) -> None:
-    start = time.monotonic()
     code, response, _ = ask(tmp_path, "probe", {"protocol": 1})
     assert (code, response["ok"], response["protocol"]) == (0, True, 1)
     record = response["record"]
@@ -56,7 +54,6 @@ def test_probe_tells_machine_and_runtimes(tmp_path: Path) -> None:
     assert set(record["runtimes"]) == set(MODULES)
     for facts in record["runtimes"].values():
         assert set(facts) - {"gpus"} in ({"version", "devices"}, {"missing"})
-    assert time.monotonic() - start < 8, "a probe is quick; bounded loosely, this machine is shared"
 
 
 def test_a_runtime_that_cannot_be_imported_is_missing_with_its_reason(tmp_path: Path) -> None:
