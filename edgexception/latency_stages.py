@@ -19,7 +19,8 @@ from edgexception.device import Progress
 from edgexception.model_stages import load_model
 from edgexception.recipe import BenchSpec
 from edgexception.report.assemble import Place
-from edgexception.report.record import Estimate, LatencyCheck
+from edgexception.report.measures import Estimate
+from edgexception.report.record import LatencyCheck
 from edgexception.workshop import Workshop, versions, write_json
 
 if TYPE_CHECKING:

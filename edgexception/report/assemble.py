@@ -29,28 +29,30 @@ from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
 from edgexception.report.dla import dla_planned
 from edgexception.report.gates import judge
-from edgexception.report.network import Network
-from edgexception.report.record import (
-    BadImageLine,
-    Calibration,
+from edgexception.report.measures import (
     Estimate,
-    Exceptions,
     Fidelity,
     Gain,
     Latency,
     Listing,
     Machine,
     Paired,
+    Share,
+    Slower,
+    Spent,
+    TimedUnder,
+)
+from edgexception.report.network import Network
+from edgexception.report.record import (
+    BadImageLine,
+    Calibration,
+    Exceptions,
     Parity,
     Pruning,
     Report,
     Row,
     Sensitivity,
-    Share,
-    Slower,
-    Spent,
     StageLine,
-    TimedUnder,
     Types,
 )
 from edgexception.targets import Form, Precision, find_target, form_of, is_int8

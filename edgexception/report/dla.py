@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgexception.report.record import DlaPlanned, Row, row_name
+from edgexception.report.measures import DlaPlanned
+from edgexception.report.record import Row, row_name
 
 if TYPE_CHECKING:
     from edgexception.export.dla import DlaPlan

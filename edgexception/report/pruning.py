@@ -12,14 +12,8 @@ from edgexception.bench.accuracy import accuracy
 from edgexception.bench.paired import paired
 from edgexception.prune.plan import load_prune_plan
 from edgexception.report.assemble import compare
-from edgexception.report.record import (
-    Fidelity,
-    Paired,
-    Pruning,
-    PruningEffect,
-    PruningLatency,
-    Share,
-)
+from edgexception.report.measures import Fidelity, Paired, Share
+from edgexception.report.record import Pruning, PruningEffect, PruningLatency
 
 Logits = NDArray[np.float32]
 

@@ -10,20 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from edgexception.agent.placement import WIDEST_FIRST
 from edgexception.prune.plan import LayerChange
 from edgexception.report.dla import dla_lines
+from edgexception.report.measures import Estimate, Fidelity, Gain, Listing, Machine, Paired, Share
 from edgexception.report.record import (
-    Estimate,
     Exceptions,
-    Fidelity,
-    Gain,
     GateResult,
-    Listing,
-    Machine,
-    Paired,
     Parity,
     Pruning,
     Report,
     Row,
-    Share,
     row_name,
 )
 from edgexception.report.sensitivity import budget, decibels, sensitivity_lines, shade, worst_first

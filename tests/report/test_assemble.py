@@ -13,7 +13,8 @@ from edgexception.bench.statistics import Times
 from edgexception.device import Timing
 from edgexception.recipe import TensorRtSpec
 from edgexception.report.assemble import Measured, Place, _gain, _speed, mark_fastest
-from edgexception.report.record import Estimate, Gain, Latency, Row, Slower, Spent
+from edgexception.report.measures import Estimate, Gain, Latency, Slower, Spent
+from edgexception.report.record import Row
 from edgexception.report.render import condition_lines, regret_lines
 from edgexception.targets import Precision
 

@@ -9,15 +9,8 @@ import pytest
 from edgexception.bench.statistics import wilson
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.record import (
-    Estimate,
-    Executed,
-    Fidelity,
-    PruningEffect,
-    Row,
-    Share,
-    TimedUnder,
-)
+from edgexception.report.measures import Estimate, Executed, Fidelity, Share, TimedUnder
+from edgexception.report.record import PruningEffect, Row
 from edgexception.report.render import gate_lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from test_gates import row
 from test_render import report
 
-from edgexception.report.record import Executed, Listing
+from edgexception.report.measures import Executed, Listing
 from edgexception.report.render import executed_line, listing_lines, to_markdown, to_text
 
 SIZES: dict[str, Any] = {"status": "built", "engine_bytes": 37_200_000, "onnx_bytes": 21_300_000}

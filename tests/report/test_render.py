@@ -14,18 +14,9 @@ from edgexception.bench.paired import paired, tango
 from edgexception.preprocess import Preprocess
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
+from edgexception.report.measures import Energy, Machine, Paired, TimedUnder
 from edgexception.report.network import Network
-from edgexception.report.record import (
-    BadImageLine,
-    Energy,
-    Machine,
-    Paired,
-    Parity,
-    Report,
-    Row,
-    StageLine,
-    TimedUnder,
-)
+from edgexception.report.record import BadImageLine, Parity, Report, Row, StageLine
 from edgexception.report.render import to_markdown, to_text
 
 HOSTILE = (
