@@ -64,7 +64,7 @@ def recover(
         seed=spec.seed,
         threads=spec.threads,
         bfloat16=spec.bfloat16,
-        fixed_statistics=spec.batchnorm == "teacher",
+        as_used=spec.batchnorm == "teacher",
     )
     objective = Objective(
         "normalized", spec.distillation, teacher if spec.distillation > 0.0 else None

@@ -119,8 +119,8 @@ def learn(
     keeper: Keeper | None,
     progress: Report | None,
 ) -> Xception:
-    """Train a network in place, give its BatchNorms the images' statistics unless they are fixed,
-    and return it in eval mode. Raises what `fit` raises.
+    """Train a network in place and return it in eval mode; its BatchNorms get the images'
+    statistics, unless it learned with those that it has. Raises what `fit` raises.
     """
     fit(network, objective, images, course, partial(decaying, weight_decay), keeper, progress)
 
@@ -130,7 +130,7 @@ def learn(
         for batch in np.array_split(chosen, batch_count(len(chosen), course.batch_size)):
             yield normalized(images, batch)
 
-    if not course.fixed_statistics:
+    if not course.as_used:
         settle(network, sample)
     return network.eval()
 

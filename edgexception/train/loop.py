@@ -24,7 +24,7 @@ from edgexception.errors import EdgexError, NotPossibleHere, OutOfResources, Usa
 from edgexception.imageset import ImageSet
 from edgexception.model.sparsity import zeros_of
 from edgexception.train import processes
-from edgexception.train.batchnorm import norms, whole_batch_statistics
+from edgexception.train.batchnorm import whole_batch_statistics
 from edgexception.train.objective import Objective
 from edgexception.train.processes import Diverged
 from edgexception.train.state import Keeper, State
@@ -58,8 +58,9 @@ class Course:
     bits: one thread and two end with different weights (seen on the digits recipe)."""
     bfloat16: bool = False
     """Compute layers in bfloat16; weights and their updates stay float32."""
-    fixed_statistics: bool = False
-    """BatchNorms use the statistics that they have, and keep them."""
+    as_used: bool = False
+    """Learn as the network will be used: BatchNorms with the statistics that they have, which stay,
+    and no dropout."""
 
 
 Group = dict[str, Any]
@@ -139,11 +140,9 @@ class _Job:
         with (
             reproducible(course.seed, course.threads),
             out_of_memory(sum(p.numel() for p in self.network.parameters()), self.images, course),
-            nullcontext() if course.fixed_statistics else whole_batch_statistics(self.network),
+            nullcontext() if course.as_used else whole_batch_statistics(self.network),
         ):
-            self.network.to(device).train()
-            for norm in norms(self.network) if course.fixed_statistics else ():
-                norm.eval()
+            self.network.to(device).train(not course.as_used)
             if self.objective.teacher is not None:
                 self.objective.teacher.to(device).eval()
             training = _Training(self.network, course, self.grouping)
