@@ -22,7 +22,8 @@ from edgexception.agent.tensorrt_options import read_options
 MAX_BATCH = 4096
 MAX_THREADS = 1024
 MAX_PROFILE = 1_000_000
-PROBE_TIMEOUT_S = 60
+PROBE_TIMEOUT_S = 120
+"""For the first import of a runtime, whose libraries a device may read from an SD card."""
 PROGRESS_NS = 1_000_000_000
 
 _TIMING_BOUNDS = {
