@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 1024
 MAX_PROFILE = 1_000_000
-PROBE_TIMEOUT_S = 60
+PROBE_TIMEOUT_S = 120
+"""For the first import of a runtime, whose libraries a device may read from an SD card."""
 
 _TIMING_BOUNDS = {
     "warmup_ms": (1, 3_600_000),
