@@ -95,6 +95,7 @@ def exported(recipe: Recipe, spec: PtqSpec, out: Path, activations: str) -> tupl
     """Export float and our INT8, and return the folder of graphs; TensorRT's is symmetric."""
     symmetric = activations == "symmetric"
     changes = {
+        "prune": None,  # the tools quantize the network as it was trained
         "quantize": spec.model_copy(update={"activations": activations}),
         "export": ExportSpec(dialects=("tensorrt",) if symmetric else ()),
         "targets": () if symmetric else recipe.targets,
