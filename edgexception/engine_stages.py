@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgexception.ability import is_out_of_reach, why_not_built
+from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import TIMED, TIMING_CACHE
 from edgexception.agent.tensorrt_options import parse_version, read_options
 from edgexception.artifacts import Artifact, atomic_write, canonical_json
@@ -19,7 +20,8 @@ from edgexception.bench.conditions import Conditions, conditions, read_samples
 from edgexception.bench.protocol import Engine, build_engine, measure_latency, run_images
 from edgexception.bench.statistics import Times
 from edgexception.device import Device, ProbeRecord, Profile, Progress, RecordedDevice, Timing
-from edgexception.errors import NotPossibleHere, UsageError
+from edgexception.device.answers import ERRORS
+from edgexception.errors import BadArtifact, NotPossibleHere, UsageError
 from edgexception.recipe import BenchSpec, Recipe, TargetSpec, TensorRtSpec
 from edgexception.report.assemble import Place
 from edgexception.resolver import version_for
@@ -45,6 +47,9 @@ def build(shop: Workshop, exported: Artifact, place: Place) -> Artifact:
         record = ask_build(place, model, shop.device, folder, shop.progress, known)
         write_json(folder / "build.json", record)
         if cache is not None:
+            if not (folder / TIMING_CACHE).is_file():
+                left = f"{shop.device.name} left no {TIMING_CACHE} beside the engine"
+                raise BadArtifact(f"{place.engine_key}: {left}")
             cache.parent.mkdir(exist_ok=True)
             atomic_write(cache, (folder / TIMING_CACHE).read_bytes())
 
@@ -84,10 +89,10 @@ def check_graph(exported: Artifact, place: Place) -> None:
         check_typed(exported.file("model.onnx"), place.sm)
 
 
-def plan_dla(exported: Artifact, place: Place, machine: ProbeRecord) -> DlaPlan | None:
+def plan_dla(exported: Artifact, place: Place) -> DlaPlan | None:
     """Return which layers of an engine the DLA can run; None where it is not asked to run there.
 
-    Raises UsageError where it can run none, and where it would compute otherwise than is written.
+    Raises UsageError where it can run none.
     """
     options = read_options(place.tensorrt_options)
     if options is None or options.dla_core is None:
@@ -95,20 +100,34 @@ def plan_dla(exported: Artifact, place: Place, machine: ProbeRecord) -> DlaPlan 
     from edgexception.export.dla import plan_dla as plan_graph
 
     plan = plan_graph(exported.file("model.onnx"))
-    version = version_for(place.target, options, machine)
     if not any(layer.precision for layer in plan.layers):
         raise UsageError(
             f"{place.key}: the DLA can run none of its {len(plan.layers)} layers (of the first: "
             f"{plan.layers[0].why}): leave out dla_core"
         )
+    return plan
+
+
+def check_dla_version(plan: DlaPlan, place: Place, machine: ProbeRecord) -> None:
+    """Raise UsageError where a machine's TensorRT would compute float32 layers in FP16.
+
+    NotPossibleHere where its version is not known.
+    """
     float32 = [layer.name for layer in plan.layers if layer.float32]
-    if float32 and parse_version(version) < (11,):
+    options = read_options(place.tensorrt_options)
+    if not float32 or options is None:
+        return
+    version = version_for(place.target, options, machine)
+    try:
+        weak = parse_version(version) < (11,)
+    except AgentError as error:
+        raise ERRORS[error.kind](f"{place.key}: {error}") from error
+    if weak:
         raise UsageError(
             f"{place.key}: {len(float32)} layers are float32 because they may overflow FP16 (the "
             f"first is {float32[0]}), and TensorRT {version} would compute them in FP16: for a DLA "
             "its networks are weakly typed; leave out dla_core, or take TensorRT 11.4.1"
         )
-    return plan
 
 
 def ask_build(

@@ -13,7 +13,15 @@ from edgexception.ability import why_not_measured
 from edgexception.artifacts import Artifact
 from edgexception.bench.executed import check_placement
 from edgexception.device import RecordedDevice
-from edgexception.engine_stages import Timed, bench, build, check_graph, evaluate, plan_dla
+from edgexception.engine_stages import (
+    Timed,
+    bench,
+    build,
+    check_dla_version,
+    check_graph,
+    evaluate,
+    plan_dla,
+)
 from edgexception.errors import BadArtifact, DeviceLost, EdgexError, OutOfResources
 from edgexception.kit import Kit, kit_folder, plan_kit, write_kit
 from edgexception.recipe import BenchSpec
@@ -32,12 +40,18 @@ def build_all(state: RunState) -> None:
         with fault_noted(state.faults, place):
             if state.is_away(place):
                 check_graph(exported, place)
-            plan = plan_dla(exported, place, state.machine_of(place))
+            plan = plan_dla(exported, place)
             if plan is not None:
+                # A kit is the same before and after its results are here: those are judged below.
+                check_dla_version(plan, place, state.shop.machine)
                 state.dla[place] = plan
     kit = _kit(state)
     if kit is not None and state.away is not None:
         _check_results(kit, state.away)
+        for place, plan in state.dla.items():
+            if state.is_away(place):
+                with fault_noted(state.faults, place):
+                    check_dla_version(plan, place, state.away.machine)
     for place in state.places:
         if state.shop_of(place) is None:
             state.waiting[place] = (

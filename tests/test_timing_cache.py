@@ -26,6 +26,7 @@ class Builder:
     def __init__(self) -> None:
         self.given: list[bytes | None] = []
         self.fault: Exception | None = None
+        self.leaves_it = True
 
     def call(
         self,
@@ -39,7 +40,8 @@ class Builder:
         self.given.append(None if name is None else files[name].read_bytes())
         if self.fault is not None:
             raise self.fault
-        (out / "timing.cache").write_bytes((self.given[-1] or b"") + b"x")
+        if self.leaves_it:
+            (out / "timing.cache").write_bytes((self.given[-1] or b"") + b"x")
         (out / "engine.plan").write_bytes(b"a plan")
         return {"engine": "engine.plan"}
 
@@ -131,3 +133,17 @@ def test_one_that_is_refused_stays_and_nothing_is_built(
         with pytest.raises(BadArtifact, match="timing cache"):
             engine_stages.build(shop, exported, replace(PLACE, precision="int8"))
         assert path.read_bytes() == b"x"
+
+
+def test_an_answer_without_one_is_broken(
+    machine: ProbeRecord,  # noqa: F811
+    exported: Artifact,
+    tmp_path: Path,
+) -> None:
+    device = Builder()
+    device.leaves_it = False
+    with Store(tmp_path / "store") as store:
+        shop = Workshop(store, cast(Any, device), machine)
+        with pytest.raises(BadArtifact, match=f"{PLACE.engine_key}: local left no timing.cache"):
+            engine_stages.build(shop, exported, PLACE)
+        assert not (tmp_path / "store/.timing").exists()

@@ -12,8 +12,8 @@ from test_render import report
 from edgexception.artifacts import Artifact, FileRecord
 from edgexception.device import ProbeRecord
 from edgexception.doctor import probe
-from edgexception.engine_stages import plan_dla
-from edgexception.errors import UsageError
+from edgexception.engine_stages import check_dla_version, plan_dla
+from edgexception.errors import EdgexError, NotPossibleHere, UsageError
 from edgexception.export.dla import DlaLayer, DlaPlan
 from edgexception.recipe import TensorRtSpec
 from edgexception.report.assemble import Place
@@ -94,30 +94,41 @@ def use(monkeypatch: pytest.MonkeyPatch, *layers: DlaLayer) -> Artifact:
     return Artifact("export", "k", Path(), {"model.onnx": FileRecord("", 0)}, "")
 
 
-def test_an_engine_that_is_not_for_a_dla_has_no_plan(machine: ProbeRecord) -> None:
+def test_an_engine_that_is_not_for_a_dla_has_no_plan() -> None:
     plain = Place("jetson-agx-orin-64gb", "tensorrt", "tensorrt", "fp16", 1, 2)
-    assert plan_dla(Artifact("export", "k", Path(), {}, ""), plain, machine) is None
+    assert plan_dla(Artifact("export", "k", Path(), {}, ""), plain) is None
 
 
 def test_a_network_of_which_the_dla_runs_nothing_is_refused(
-    machine: ProbeRecord, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exported = use(monkeypatch, DlaLayer("elu", 0, None, "TensorRT has no ELU on the DLA"))
     with pytest.raises(UsageError, match=r"none of its 1 layers .*no ELU.*leave out dla_core"):
-        plan_dla(exported, PLACE, orin(machine, "10.3.0"))
+        plan_dla(exported, PLACE)
 
 
-@pytest.mark.parametrize(("version", "refused"), [("10.3.0", True), ("11.4.1", False)])
+FLOAT32 = DlaPlan(
+    (DlaLayer("conv", 0, "fp16"), DlaLayer("head", 0, None, "float32", float32=True)), 1
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "says"),
+    [
+        ("10.3.0", UsageError, r"the first is head\), and TensorRT 10\.3\.0 would"),
+        ("8.6.2", NotPossibleHere, rf"{PLACE.key}: TensorRT '8\.6\.2' is not known here"),
+        ("12.0.1", NotPossibleHere, rf"{PLACE.key}: TensorRT '12\.0\.1' is not known here"),
+    ],
+)
 def test_float32_layers_are_never_computed_in_fp16_unasked(
-    machine: ProbeRecord, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+    machine: ProbeRecord, version: str, error: type[EdgexError], says: str
 ) -> None:
     """For a DLA the networks of version 10 are weakly typed."""
-    exported = use(
-        monkeypatch, DlaLayer("conv", 0, "fp16"), DlaLayer("head", 0, None, "float32", float32=True)
-    )
     there = orin(machine, version)
-    if not refused:
-        assert plan_dla(exported, PLACE, there) is not None
-        return
-    with pytest.raises(UsageError, match=r"the first is head\), and TensorRT 10\.3\.0 would"):
-        plan_dla(exported, PLACE, there)
+    with pytest.raises(error, match=says):
+        check_dla_version(FLOAT32, PLACE, there)
+    check_dla_version(PLAN, PLACE, there)
+
+
+def test_version_11_computes_them_as_written(machine: ProbeRecord) -> None:
+    check_dla_version(FLOAT32, PLACE, orin(machine, "11.4.1"))
