@@ -50,11 +50,10 @@ def test_a_kit_that_met_an_older_version_is_still_this_kit(
             recipe = SimpleNamespace(name="tiny", bench=None)
             shop = Workshop(store, cast(Any, SimpleNamespace(name="local")), here)
             exports = {GPU.form: artifact(tiny_onnx, "model.onnx")}
-            found = RunState(
+            return RunState(
                 cast(Any, recipe), shop, (GPU, DLA), cast(Any, None), cast(Any, card),
                 exports=exports,
             )  # fmt: skip
-            return found
 
         before = state()
         build_all(before)

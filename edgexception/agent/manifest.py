@@ -155,7 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             found = json.loads(path.read_bytes())
     fits = isinstance(found, dict) and found.get("format") == _FORMAT and set(found) == _KEYS
-    kinds = {"needs": dict, "allows": list, "options": dict}
+    kinds = {"needs": dict, "allows": list, "options": dict, "settings": dict}
     if (
         not fits
         or not all(isinstance(found[name], kind) for name, kind in kinds.items())

@@ -117,8 +117,8 @@ def profile_shapes(path: Path, batches: tuple[int, int, int] | None) -> Shapes |
     if len(shapes) != 1 or shapes[0][:1] != (OPEN,) or min(shapes[0][1:], default=OPEN) < 0:
         raise AgentError(
             "bad-artifact",
-            f"{path.name} reads images of {shapes} ({OPEN} is open): for a dynamic batch that one "
-            "size must be open; export it without a batch",
+            f"{path.name} reads images of {', '.join(map(str, shapes))} ({OPEN} is open): for a "
+            "dynamic batch that one size must be open; export it without a batch",
         )
     least, best, greatest = ((batch, *shapes[0][1:]) for batch in batches)
     return least, best, greatest
@@ -131,7 +131,8 @@ def _end(value_info: memoryview) -> End:
         kind = next((v for n, v in _fields(tensor) if n == 1 and isinstance(v, int)), 0)
         for dimension in _inside(_inside([tensor], 2), 1):
             sizes = [v for n, v in _fields(dimension) if n == 1 and isinstance(v, int)]
-            shape.append(sizes[-1] if sizes else OPEN)
+            # Some exporters write -1 for an open size.
+            shape.append(sizes[-1] if sizes and sizes[-1] < 1 << 63 else OPEN)
     return name, _TYPES.get(kind, f"type {kind}"), tuple(shape)
 
 

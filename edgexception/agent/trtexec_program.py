@@ -37,7 +37,7 @@ _STARVED = re.compile("out of memory|outofmemory|bad_alloc", re.I)
 def find() -> Path | None:
     """Return the program on the PATH, else JetPack's; None where there is none."""
     found = shutil.which("trtexec") or (str(PLACE) if os.access(PLACE, os.X_OK) else None)
-    return None if found is None else Path(found)
+    return None if found is None else Path(found).absolute()
 
 
 @cache

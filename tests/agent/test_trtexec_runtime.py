@@ -92,6 +92,35 @@ def calls(tmp_path: Path) -> list[list[str]]:
 # --- what works -----------------------------------------------------------------------------------
 
 
+def test_a_timing_cache_is_read_and_extended(place: Place, model: Path, tmp_path: Path) -> None:
+    device, earlier = place(), tmp_path / "earlier"
+    earlier.write_bytes(b"timed;")
+    request = {**ASKED, "model": "m", "timing_cache": "c"}
+    device.call("build", request, {"m": model, "c": earlier}, tmp_path / "built")
+    assert (tmp_path / "built/timing.cache").read_bytes() == b"timed;timed;"
+    assert "--timingCacheFile=cache" in calls(tmp_path)[-1]
+
+
+def test_a_dynamic_engine_answers_every_batch(place: Place, model: Path, tmp_path: Path) -> None:
+    device, pixels = place(), tiny_images(5)
+    record = build(device, model, tmp_path / "built", batches=[1, 4, 8])
+    shapes = ("minShapes=images:1x", "optShapes=images:4x", "maxShapes=images:8x")
+    assert {f"--{shape}12x12x3" for shape in shapes} <= set(record["settings"]["arguments"])
+    for batch in (1, 8):
+        out = tmp_path / f"run-{batch}"
+        run(device, tmp_path / "built", out, images=pixels, batch=batch)
+        logits = np.load(out / "logits.npy", allow_pickle=False)
+        np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
+    with pytest.raises(UsageError, match="takes batches of 1 to 8, the request says 9"):
+        run(device, tmp_path / "built", tmp_path / "run-9", images=pixels, batch=9)
+
+
+def test_sparse_kernels_are_for_sparse_weights(place: Place, model: Path, tmp_path: Path) -> None:
+    told = {"precision": "fp32", "sparse_weights": True}
+    with pytest.raises(UsageError, match="has 2 zeros in every 4 weights"):
+        build(place(), model, tmp_path / "built", tensorrt=told)
+
+
 @pytest.mark.parametrize(("version", "python"), [("10.3.0", VERSIONS[0]), ("11.4.1", VERSIONS[1])])
 def test_probe_build_and_run_without_numpy(
     version: str, python: str, place: Place, model: Path, tmp_path: Path

@@ -1,8 +1,9 @@
 """The agent's zipapp on an emulated aarch64 machine, and in Pythons of other versions.
 
-Run with `pytest -m emulated` (some minutes). Not part of the default run: it downloads 60 MB once for the
-machine, and 50 MB for each Python, into .data. Debian has no Python 3.10 or 3.12 for aarch64, so
-these two are native ones of x86-64, as far as they are installed; the emulated one is 3.11.
+Run with `pytest -m emulated` (some minutes). Not part of the default run: it downloads 60 MB once
+for the machine, and 50 MB for each Python, into .data. Debian has no Python 3.10 or 3.12 for
+aarch64, so these two are native ones of x86-64, as far as they are installed; the emulated one is
+3.11.
 
 Tolerance, from what was measured with ONNX Runtime 1.32.0 on both sides (Cortex-A76 against x86-64
 with VNNI): the INT8 logits of the full network at 150x150 are equal to the last bit for 16 of 16

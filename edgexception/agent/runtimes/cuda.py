@@ -56,17 +56,17 @@ def first_gpu() -> dict[str, Any]:
 
 
 def pci_bus_id() -> str | None:
-    """Return the PCI address of the driver's first GPU, "0000:01:00.0"; None without one.
+    """Return the PCI address of the driver's first GPU, "0000:01:00.0"; None where none is told.
 
     NVML has an order of its own, so a GPU is known to both by its address alone.
     """
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
     try:
         library = _start()
-    except _Absent:
+        _call(library, "cuDeviceGet", ctypes.byref(device), 0)
+        _call(library, "cuDeviceGetPCIBusId", text, len(text), device)
+    except (_Absent, AgentError, AttributeError):  # to observe a GPU is no need
         return None
-    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
-    _call(library, "cuDeviceGet", ctypes.byref(device), 0)
-    _call(library, "cuDeviceGetPCIBusId", text, len(text), device)
     return text.value.decode("ascii", "replace")
 
 

@@ -7,7 +7,9 @@ v11.1. Not run on hardware.
 
 Its times are not the agent's: the sum of copying to the device, computing and copying back, each
 between two CUDA events ("Latency" in sampleReporting.cpp), without what the host does around them.
-So `timing` of a run's record says how they were taken.
+So `timing` of a run's record says how they were taken, and there is no energy: the power of the
+time between two events would be multiplied by less than all of it, and trtexec rests nowhere with
+its engine open.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
             "sm": gpu["sm"],
             "driver": gpu["driver"],
             "images": list(shape),
-            "not_on_dla": list(log.dla_fallbacks),
+            # What a network reads, uint8, always is on the GPU: no word of it is no word at all.
+            "not_on_dla": list(log.dla_fallbacks) or (None if wanted.dla_core is not None else []),
         },
         "layers": counts(layers),
         "placement": layer_placement(model, layers),
@@ -181,7 +184,6 @@ def _told(measure: MeasureOptions) -> dict[str, Any]:
 
 def _time(job: Job, measure: MeasureOptions, folder: Path, telemetry: Telemetry) -> Log:
     """Write every time of one batch, the first images or what trtexec makes up, in ns."""
-    telemetry.rest()
     arguments = [*_arguments(job, measure), "--dumpRawBindingsToFile"]
     if job.images is not None:
         shape = _built_shape(job)
