@@ -158,7 +158,8 @@ class Run:
                 "[TRT] Layer 'images_nchw' (SHUFFLE): Unsupported on DLA. Switching this layer's "
                 "device type to GPU.",
             )
-        head = {"version": self.version, "shape": shape, "open": is_open,
+        least = shape_of(profile[0]) if is_open and profile[0] else shape
+        head = {"version": self.version, "least": least, "shape": shape, "open": is_open,
                 "host_code": "--versionCompatible" in self.told}  # fmt: skip
         head["layers"] = layer_information(model, self.new)
         content = json.dumps(head).encode() + b"\n" + model.SerializeToString()
@@ -185,8 +186,11 @@ class Run:
         if head["open"] and asked is None:
             say("W", "Shape missing for input with dynamic shape: images")
             asked = [1, *shape[1:]]
-        if asked is not None and asked != shape:
+        if asked is not None and not all(
+            low <= size <= high for low, size, high in zip(head["least"], asked, shape, strict=True)
+        ):
             raise SystemExit("Set dimensions of input images failed: out of the profile's range")
+        shape = asked or shape
         pixels = np.zeros(shape, np.uint8)
         if "--loadInputs" in self.told:
             path = self.told["--loadInputs"].removeprefix("images:")
