@@ -381,7 +381,7 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
     latency = LatencySummary.of(measured.rounds)
     facts: dict[str, Any] = {
         "latency": Latency.model_validate(latency),
-        "images_per_second": place.batch / latency.median_ms * 1000,
+        "images_per_second": None if measured.timing else place.batch / latency.median_ms * 1000,
         "conditions": measured.conditions and TimedUnder.model_validate(measured.conditions),
         "timing": measured.timing,
     }

@@ -59,6 +59,7 @@ class Row(Record):
     compared."""
     conditions: TimedUnder | None = None
     images_per_second: float | None = None
+    """None where a program took the times, which leave out what is between two inferences."""
     spent: Spent | None = None
     """None where the runtime does not tell the times of its kernels."""
     fastest: bool = False
