@@ -103,7 +103,7 @@ gates:
         "16: bench.warmup_ms: the anchor &a is not read; remove it",
         "18: gates.top1_drp_max: is not a known field; did you mean top1_drop_max? (known: "
         "top1_min, top1_drop_max, agreement_min, sqnr_db_min, executed_int8_share_min, "
-        "speedup_min)",
+        "speedup_min, pruned_top1_drop_max, pruned_agreement_min)",
     ]
 
 
