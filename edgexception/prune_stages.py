@@ -78,8 +78,7 @@ def plan_pruning(
     """Choose the channels that stay, and the layers that become sparse: `prune.json`.
 
     `weighed` is None without a budget: then all channels stay. `images` is how many the importance
-    was measured on. With `int8` a budget of size is one of
-    INT8 weights.
+    was measured on. With `int8` a budget of size is one of INT8 weights.
     """
 
     def write(folder: Path) -> None:
@@ -103,13 +102,14 @@ def plan_pruning(
         if weighed is not None:
             scores = load_file(weighed.file("importance.safetensors"))
             kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
+        left = {name: share_left(structure, kept, prices[name]) for name in spec.budgets}
         latency = None
         if timed is not None:
             latency = PlannedLatency(
                 engine=table.engine,
                 threads=table.threads,
                 gain=timed.gain,
-                predicted=share_left(structure, kept, prices["latency"]),
+                predicted=left["latency"],
             )
         plan = PrunePlan(
             kept=kept,
@@ -118,6 +118,7 @@ def plan_pruning(
             ranking=spec.ranking,
             align=align,
             budgets=spec.budgets,
+            left=left,
             images=images,
             latency=latency,
             sparse=layers_to_thin(trained.network, structure, kept) if spec.sparsity else (),
@@ -140,8 +141,26 @@ def plan_pruning(
     return shop.once("prune-plan", how, inputs, write)
 
 
-def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifact:
-    """Take the channels out: `model.safetensors` and `model.json`, as of an imported network."""
+def join_plans(shop: Workshop, first: Artifact, later: Artifact) -> Artifact:
+    """Make one plan of the whole network of one and that of the network it leaves: `prune.json`."""
+
+    def write(folder: Path) -> None:
+        from edgexception.prune.plan import load_prune_plan
+
+        one, other = (load_prune_plan(plan.file("prune.json")) for plan in (first, later))
+        (folder / "prune.json").write_text(one.then(other).to_json() + "\n")
+
+    inputs = {"first": first.digest, "later": later.digest}
+    return shop.once("prune-plan", "of the rounds so far", inputs, write)
+
+
+def apply_pruning(
+    shop: Workshop, model: Artifact, planned: Artifact, joined: Artifact | None = None
+) -> Artifact:
+    """Take the channels out: `model.safetensors` and `model.json`, as of an imported network.
+
+    `joined` is the plan of all rounds, where others came before.
+    """
 
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import TrainedModel
@@ -150,7 +169,8 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
 
         trained = load_model(model)
         plan = load_prune_plan(planned.file("prune.json"))
-        (macs, macs_left), (parameters, parameters_left) = plan.macs, plan.parameters
+        in_all = load_prune_plan((joined or planned).file("prune.json"))
+        (macs, macs_left), (parameters, parameters_left) = in_all.macs, in_all.parameters
         source = {
             **card_of(model).source,
             "pruned": f"{macs_left / macs:.1%} of {macs / 1e9:.3f} GMAC, "
@@ -162,6 +182,7 @@ def apply_pruning(shop: Workshop, model: Artifact, planned: Artifact) -> Artifac
     inputs = {
         "model": model.digest,
         "plan": planned.digest,
+        "joined": None if joined is None else joined.digest,
         "versions": versions("torch", "safetensors"),
     }
     return shop.once("prune", "copied weights", inputs, write)
@@ -195,10 +216,12 @@ def recover_pruned(
         network = recover(
             begun.network, teacher, spec, images, plan.kept, keeper, told, sparse=sparse
         )
+        before = card_of(smaller).source
+        steps = f"{spec.steps} steps on {len(images)} images"
         source = {
-            **card_of(smaller).source,
+            **before,
             **({"sparsity": f"2:4 in {len(plan.sparse)} layers"} if sparse else {}),
-            "recovered": f"{spec.steps} steps on {len(images)} images",
+            "recovered": ", then ".join(filter(None, (before.get("recovered"), steps))),
         }
         write_model(TrainedModel(network, begun.classes, begun.preprocess, source), folder)
 

@@ -16,6 +16,7 @@ from edgexception.prune.plan import load_prune_plan
 from edgexception.prune_stages import (
     Timed,
     apply_pruning,
+    join_plans,
     plan_pruning,
     pruning_effect,
     recover_pruned,
@@ -47,16 +48,22 @@ def prune(state: RunState, warn: Callable[[str], None], *, plan_only: bool, comp
     spec = state.recipe.prune
     if spec is None:
         return
-    _plan(state, spec, warn)
-    if plan_only or state.pruning is None:
-        return
-    whole = state.model
-    state.model = apply_pruning(state.shop, whole, state.pruning)
-    if spec.recovery is not None:
-        images = images_to_learn(state, spec.recovery, "prune.recovery") or state.calibration
-        if images is not None:
-            networks = (whole, state.model)
-            state.model = recover_pruned(state.shop, networks, state.pruning, spec.recovery, images)
+    whole, shop, rounds = state.model, state.shop, spec.recovery.rounds if spec.recovery else 1
+    if rounds > 1:
+        _plan(state, spec, warn)  # a budget that cannot be met is refused before any training
+    state.pruning = None
+    for number in range(1, rounds + 1):
+        own = _round(spec, number, state.pruning) if rounds > 1 else spec
+        plan = _plan(state, own, warn)
+        state.pruning = plan if state.pruning is None else join_plans(shop, state.pruning, plan)
+        if plan_only and number == rounds:
+            return
+        state.model = apply_pruning(shop, state.model, plan, state.pruning if number > 1 else None)
+        if own.recovery is not None:
+            images = images_to_learn(state, own.recovery, "prune.recovery") or state.calibration
+            if images is not None:
+                networks = (whole, state.model)
+                state.model = recover_pruned(shop, networks, state.pruning, own.recovery, images)
     state.card = card_of(state.model)
     if state.evaluation is not None and compare:
         labels = None if state.labelled is None else state.labelled.labels
@@ -93,7 +100,25 @@ def place_of(spec: PruneSpec, machine: ProbeRecord) -> Place:
     return Place(spec.target, runtime, dialect, precision, 1, threads)
 
 
-def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> None:
+def _round(spec: PruneSpec, number: int, so_far: Artifact | None) -> PruneSpec:
+    """Return what one of several rounds is asked for, of the network that those before left."""
+    recovery = spec.recovery
+    assert recovery is not None  # noqa: S101 - rounds are of the recovery
+    left = {} if so_far is None else load_prune_plan(so_far.file("prune.json")).left
+    rounds, steps = recovery.rounds, recovery.steps
+    steps = steps * number // rounds - steps * (number - 1) // rounds
+    asked = {name: budget ** (number / rounds) for name, budget in spec.budgets.items()}
+    budgets = {name: min(1.0, share / left.get(name, 1.0)) for name, share in asked.items()}
+    return spec.model_copy(
+        update={
+            **budgets,
+            "sparsity": spec.sparsity if number == rounds else None,
+            "recovery": recovery.model_copy(update={"steps": steps}),
+        }
+    )
+
+
+def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> Artifact:
     recipe, shop, model = state.recipe, state.shop, state.model
     place = None if spec.latency is None else place_of(spec, shop.machine)
     align = widths_of(recipe, spec)
@@ -105,8 +130,7 @@ def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> None
         return plan_pruning(shop, model, spec, align, weighed, timed, images=count, int8=int8)
 
     if place is None or spec.latency is None:
-        state.pruning = planned(None)
-        return
+        return planned(None)
     state.latency_table = time_steps(shop, list_steps(shop, model), align, place)
     timed = Timed(state.latency_table)
     tried: list[tuple[Artifact, LatencyCheck]] = []
@@ -118,9 +142,9 @@ def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> None
             break
         timed = Timed(timed.table, _gain(plan, check))
     budget = spec.latency
-    state.pruning, check = min(tried, key=lambda one: abs(one[1].share.value - budget))
+    nearest, check = min(tried, key=lambda one: abs(one[1].share.value - budget))
     met = abs(check.share.value / budget - 1) <= MET
-    found = load_prune_plan(state.pruning.file("prune.json")).latency
+    found = load_prune_plan(nearest.file("prune.json")).latency
     state.pruning_latency = PruningLatency(
         **dict(found or ()), check=check, plans=len(tried), met=met
     )
@@ -130,6 +154,7 @@ def _plan(state: RunState, spec: PruneSpec, warn: Callable[[str], None]) -> None
             f"measures {check.share.value:.3f}; other work on this machine disturbs times, and "
             "another `align` gives other widths"
         )
+    return nearest
 
 
 def _gain(plan: Artifact, check: LatencyCheck) -> float:

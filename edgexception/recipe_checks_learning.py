@@ -8,7 +8,7 @@ from contextlib import suppress
 from edgexception.errors import UsageError
 from edgexception.recipe import QatSpec, Recipe
 from edgexception.recipe_data import IdxSource, PhotosSource, Source
-from edgexception.recipe_prune import RecoverySpec
+from edgexception.recipe_prune import PruneSpec, RecoverySpec
 from edgexception.strict_yaml import Fault, KeyPath
 from edgexception.targets import find_runtime, find_target
 
@@ -34,6 +34,22 @@ def _pruning_has_what_it_needs(recipe: Recipe) -> Iterator[Fault]:
     if spec.recovery and not spec.recovery.source and not recipe.calibration:
         yield Fault(
             ("prune", "recovery"), "needs images to learn from; add a `source:`, or `calibration:`"
+        )
+    yield from _rounds_are_possible(spec)
+
+
+def _rounds_are_possible(spec: PruneSpec) -> Iterator[Fault]:
+    if spec.recovery is None or spec.recovery.rounds == 1:
+        return
+    path, rounds = ("prune", "recovery", "rounds"), spec.recovery.rounds
+    if spec.latency is not None:
+        yield Fault(path, "a latency budget is met in one round; remove it, or name `macs:`")
+    elif not spec.budgets:
+        yield Fault(path, "no channels go without a budget; remove it, or add `macs:`")
+    if 0 < spec.recovery.steps < rounds:
+        yield Fault(
+            path,
+            f"{spec.recovery.steps} steps are too few for {rounds} rounds; give one each, or 0",
         )
 
 

@@ -30,7 +30,10 @@ class RecoverySpec(Spec):
     """Images to learn from; None takes the calibration images. Labels count only where
     `distillation` is below 1."""
     steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 300
-    """0 is the fit alone."""
+    """In all rounds together; 0 is the fit alone."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    """In how many the channels go, each by the same factor of the budget: what stays is fitted and
+    takes its part of the steps, and the next round weighs the channels of that network."""
     batch_size: Count = 32
     learning_rate: LearningRate = 1e-3
     """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""

@@ -36,7 +36,8 @@ def ran(folder: Path, command: str, *flags: str, **changes: Any) -> tuple[list[s
 
 def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
     pruning = {"macs": 0.6, "align": 4}
-    target = {"target": "cpu-x86", "runtimes": ["onnxruntime"], "precisions": ["fp32", "int8"]}
+    runtimes = ["onnxruntime", "openvino"]
+    target = {"target": "cpu-x86", "runtimes": runtimes, "precisions": ["fp32", "int8"]}
     new, report = ran(
         tmp_path,
         "run",
@@ -48,9 +49,8 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
     )
     stages = ["train", "importance", "prune-plan", "prune", "reference", "quantize", "export"]
     assert list(dict.fromkeys(new))[:7] == stages
-    assert [(row.precision, row.status) for row in report.rows] == [
-        ("fp32", "measured"),
-        ("int8", "measured"),
+    assert [(row.runtime, row.precision, row.status) for row in report.rows] == [
+        (runtime, precision, "measured") for runtime in runtimes for precision in ("fp32", "int8")
     ]
     found = report.pruning
     assert found is not None
@@ -69,10 +69,10 @@ def test_pruning_and_int8_in_one_recipe(tmp_path: Path) -> None:
         "pruned_top1_drop_max": lost / 600,
         "pruned_agreement_min": effect.fidelity.agreement.value,
     }
-    fp32 = report.rows[0].top1
-    assert fp32 is not None
-    # Logits of the smaller network: ONNX Runtime's differ from torch's by roundings.
-    assert abs(fp32.successes - effect.top1[1].successes) <= 1
+    for fp32 in (report.rows[0].top1, report.rows[2].top1):
+        assert fp32 is not None
+        # Logits of the smaller network: the runtimes' differ from torch's by roundings.
+        assert abs(fp32.successes - effect.top1[1].successes) <= 1
     page = (tmp_path / "out/report.md").read_text()
     assert "## Pruning" in page
     assert "pruned to 0.6 of the macs" in page
@@ -109,6 +109,35 @@ def test_a_pruned_network_recovers_before_anything_else(tmp_path: Path) -> None:
     new, report = ran(tmp_path, "prune", prune={"macs": 0.7, "recovery": recovery}, **changes)
     assert new == ["recover"], "labels are used"
     assert report.network.source["recovered"] == "2 steps on 1000 images"
+
+
+def test_channels_go_in_rounds_with_training_between(tmp_path: Path) -> None:
+    recovery = {"steps": 5, "batch_size": 8, "rounds": 2}
+    pruning = {"macs": 0.5, "recovery": recovery, "align": 2}
+    new, report = ran(tmp_path, "prune", prune=pruning, quantize=None)
+    once = ["importance", "prune-plan", "prune", "recover"]
+    # The whole budget is planned first, so that one that cannot be met costs no training.
+    assert new[:6] == ["train", *once[:2], *once[1:]]
+    assert new[6:] == [
+        "importance",
+        "prune-plan",
+        "prune-plan",
+        "prune",
+        "recover",
+        *2 * ["reference"],
+    ]
+    found = report.pruning
+    assert found is not None
+    assert found.rounds == 2
+    assert found.budgets["macs"] == pytest.approx(0.5)
+    assert found.macs[1] <= 0.5 * found.macs[0]
+    assert (found.macs[1], found.parameters[1]) == (report.network.macs, report.network.parameters)
+    source = report.network.source
+    assert source["recovered"] == "2 steps on 24 images, then 3 steps on 24 images"
+    assert f"{found.macs[1] / found.macs[0]:.1%} of 0.0" in source["pruned"]
+    assert ", in 2 rounds" in (tmp_path / "out/report.md").read_text()
+    assert load_prune_plan(tmp_path / "out/prune.json").layers == found.layers
+    assert ran(tmp_path, "prune", prune=pruning, quantize=None)[0] == []
 
 
 def test_sparse_weights_alone_reach_the_onnx_file_of_tensorrt(tmp_path: Path) -> None:
@@ -218,6 +247,16 @@ def test_a_recipe_without_a_budget_is_refused(tmp_path: Path) -> None:
     spec["recovery"] = {"source": {"kind": "digits", "split": "test"}}
     recipe = write_recipe(tmp_path / "r.yaml", digits_sections(prune=spec))
     assert "prune.recovery.source: is the evaluation's source, too" in edgex("check", recipe).err
+    for pruning, reason in (
+        ({"macs": 0.5, "recovery": {"rounds": 4, "steps": 3}}, "3 steps are too few for 4 rounds"),
+        ({"sparsity": "2:4", "recovery": {"rounds": 2}}, "no channels go without a budget"),
+        (
+            {"latency": 0.5, "target": "cpu-x86", "recovery": {"rounds": 2}},
+            "a latency budget is met in one round",
+        ),
+    ):
+        recipe = write_recipe(tmp_path / "r.yaml", digits_sections(prune=pruning))
+        assert f"prune.recovery.rounds: {reason}" in edgex("check", recipe).err
     bare = write_recipe(tmp_path / "b.yaml", digits_sections())
     done = edgex("prune", bare, "-o", tmp_path / "out")
     assert done.code == 2

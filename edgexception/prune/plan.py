@@ -107,6 +107,7 @@ class LayerChange(_Data):
     parameters: tuple[int, int]
 
 
+_COSTS = ("inputs", "outputs", "macs", "parameters")
 Kept = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
@@ -134,6 +135,10 @@ class PrunePlan(_Data):
     align: int
     budgets: dict[str, float]
     """Shares of what the network costs that were asked for, by the name of that cost."""
+    left: dict[str, float] = {}
+    """What is left of those, 1 at most."""
+    rounds: int = 1
+    """In how many the channels went."""
     images: int | None
     """Calibration images that the importance was measured on; None where it needs none."""
     latency: PlannedLatency | None = None
@@ -157,6 +162,24 @@ class PrunePlan(_Data):
                 raise ValueError(f"the channels that {name} keeps are not in ascending order")
         return self
 
+    def then(self, later: PrunePlan) -> PrunePlan:
+        """Return one plan of the whole network for this one and one of the network it leaves."""
+        again = {
+            name: tuple(self.kept[name][channel] for channel in kept)
+            for name, kept in later.kept.items()
+            if name in self.kept
+        }
+        return PrunePlan(
+            **{
+                **dict(later),
+                "kept": self.kept | later.kept | again,
+                "layers": tuple(map(_joined, self.layers, later.layers)),
+                "budgets": {n: self.left[n] * share for n, share in later.budgets.items()},
+                "left": {name: self.left[name] * share for name, share in later.left.items()},
+                "rounds": self.rounds + later.rounds,
+            }
+        )
+
     def to_json(self) -> str:
         """Return the plan as canonical JSON."""
         return canonical_json(self.model_dump(mode="json"))
@@ -164,6 +187,11 @@ class PrunePlan(_Data):
 
 def _summed(pairs: list[tuple[int, int]]) -> tuple[int, int]:
     return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+
+def _joined(first: LayerChange, second: LayerChange) -> LayerChange:
+    ends = {n: (getattr(first, n)[0], getattr(second, n)[1]) for n in _COSTS}
+    return LayerChange(layer=first.layer, **ends)
 
 
 def changes(structure: Structure, kept: Mapping[str, tuple[int, ...]]) -> tuple[LayerChange, ...]:

@@ -28,6 +28,7 @@ def pruning_of(
         ranking=found.ranking,
         align=found.align,
         budgets=found.budgets,
+        rounds=found.rounds,
         images=found.images,
         macs=found.macs,
         parameters=found.parameters,

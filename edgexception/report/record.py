@@ -209,6 +209,7 @@ class Pruning(Record):
     ranking: str
     align: int
     budgets: dict[str, float]
+    rounds: int = 1
     images: int | None
     """That the importance was measured on."""
     macs: tuple[int, int]

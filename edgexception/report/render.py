@@ -302,11 +302,12 @@ def pruning_lines(found: Pruning | None) -> Iterator[str]:
         return
     asked = " and ".join(f"{share:g} of the {name}" for name, share in found.budgets.items())
     images = f" on {found.images} images" if found.images else ""
+    rounds = f", in {found.rounds} rounds" if found.rounds > 1 else ""
     if asked:
         yield (
             f"pruned to {asked}: {_left(found.macs)} of the multiply-accumulates and "
             f"{_left(found.parameters)} of the parameters are left; {found.ranking} ranking by "
-            f"{found.importance}{images}, widths in multiples of {found.align}"
+            f"{found.importance}{images}, widths in multiples of {found.align}{rounds}"
         )
     if found.sparse:
         macs = sum(layer.macs[1] for layer in found.layers if layer.layer in found.sparse)

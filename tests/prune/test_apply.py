@@ -96,6 +96,29 @@ def test_a_plan_tells_what_the_smaller_network_costs(architecture: Architecture,
     assert plan.macs[1] == macs_of(inference_graph(smaller, preprocess), preprocess)
 
 
+@settings(max_examples=6, deadline=None)
+@given(deeper_architectures(), st.integers(0, 99))
+def test_one_plan_for_two_in_a_row(architecture: Architecture, seed: int) -> None:
+    network = random_network(architecture)
+    first = plan_of(architecture, some_kept(architecture, seed))
+    between = pruned(network, first)
+    second = plan_of(between.architecture, some_kept(between.architecture, seed + 1))
+    first, second = (
+        plan.model_copy(update={"budgets": {"macs": share}, "left": {"macs": left}})
+        for plan, share, left in ((first, 0.5, 0.4), (second, 0.75, 0.6))
+    )
+    expected, joined = pruned(between, second), first.then(second)
+    found = pruned(network, joined)
+    assert found.architecture == expected.architecture
+    state = found.state_dict()
+    assert all(torch.equal(v, state[name]) for name, v in expected.state_dict().items())
+    assert joined.layers == changes(structure_of(architecture, SIZE), joined.kept)
+    assert joined.rounds == 2
+    # Of the whole network: the second was asked to leave 0.75 of the 0.4 that there were.
+    assert joined.budgets["macs"] == pytest.approx(0.3)
+    assert joined.left["macs"] == pytest.approx(0.24)
+
+
 def test_a_channel_that_is_not_zero_changes_the_logits() -> None:
     network = random_network(SMALL)
     kept = {"block5_sepconv1_pointwise": tuple(range(15))}
