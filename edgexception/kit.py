@@ -30,8 +30,8 @@ from edgexception.agent.kit import FORMAT, KIT
 from edgexception.agent.onnx_file import OPEN, ends
 from edgexception.agent.runtimes import ENGINE_FILES
 from edgexception.agent.tensorrt_options import (
+    ONE_INFERENCE,
     BuildOptions,
-    MeasureOptions,
     build_command,
     measure_command,
     parse_version,
@@ -244,14 +244,11 @@ def _lines(
         options = replace(options, shapes=(least, best, greatest))
     number, plan = parse_version(version), Path(f"{place.engine_key}.plan")
     shape = None if fixed else (place.batch, *size, 3)
-    measure = MeasureOptions(
+    measure = replace(
+        ONE_INFERENCE,
         warmup_ms=bench.warmup_ms,
         duration_ms=bench.duration_ms,
         min_iterations=bench.min_iterations,
-        cuda_graph=False,
-        spin_wait=False,
-        transfers=True,
-        overlap=False,
     )
     model, layers = Path(f"models/{place.form.name}.onnx"), Path(f"{place.engine_key}.layers.json")
     times = Path(f"{place.key}.times.json")

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,15 @@ from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import card_of, load_model, training_report, write_model
-from edgexception.prune.plan import Importance, LayerShape
+from edgexception.prune.plan import Importance, LayerShape, PlannedLatency
 from edgexception.recipe_prune import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
 from edgexception.stages import reference
 from edgexception.workshop import Workshop, versions
+
+if TYPE_CHECKING:
+    from edgexception.prune.latency import LatencyTable
 
 
 def weigh_channels(
@@ -63,6 +66,19 @@ class Timed:
     gain: float = 1.0
     """How much of what the steps' times save the network saves."""
 
+    def read(self) -> LatencyTable:
+        """Return the table."""
+        from edgexception.prune.latency import LatencyTable
+
+        return LatencyTable.model_validate_json(self.table.file("latency.json").read_bytes())
+
+    def told(self, predicted: float) -> PlannedLatency:
+        """Return what a plan says of it."""
+        table = self.read()
+        return PlannedLatency(
+            engine=table.engine, threads=table.threads, gain=self.gain, predicted=predicted
+        )
+
 
 def plan_pruning(
     shop: Workshop,
@@ -85,7 +101,7 @@ def plan_pruning(
         from safetensors.numpy import load_file
 
         from edgexception.prune.budget import PRICES, Price, share_left, solve
-        from edgexception.prune.plan import PlannedLatency, PrunePlan, changes
+        from edgexception.prune.plan import PrunePlan, changes
         from edgexception.prune.sparse import layers_to_thin
         from edgexception.prune.structure import structure_of
 
@@ -93,24 +109,12 @@ def plan_pruning(
         structure = structure_of(trained.network.architecture, trained.preprocess.input_size)
         prices = {**PRICES, "size": Price(partial(LayerShape.bytes_as, int8=int8))}
         if timed is not None:
-            from edgexception.prune.latency import LatencyTable
-
-            text = timed.table.file("latency.json").read_bytes()
-            table = LatencyTable.model_validate_json(text)
-            prices["latency"] = Price(table.price(), timed.gain)
+            prices["latency"] = Price(timed.read().price(), timed.gain)
         kept = {}
         if weighed is not None:
             scores = load_file(weighed.file("importance.safetensors"))
             kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
         left = {name: share_left(structure, kept, prices[name]) for name in spec.budgets}
-        latency = None
-        if timed is not None:
-            latency = PlannedLatency(
-                engine=table.engine,
-                threads=table.threads,
-                gain=timed.gain,
-                predicted=left["latency"],
-            )
         plan = PrunePlan(
             kept=kept,
             layers=changes(structure, kept),
@@ -120,7 +124,7 @@ def plan_pruning(
             budgets=spec.budgets,
             left=left,
             images=images,
-            latency=latency,
+            latency=None if timed is None else timed.told(left["latency"]),
             sparse=layers_to_thin(trained.network, structure, kept) if spec.sparsity else (),
         )
         (folder / "prune.json").write_text(plan.to_json() + "\n")

@@ -44,8 +44,8 @@ class RecoverySpec(Spec):
     batchnorm: Literal["teacher", "images"] = "teacher"
     """teacher: the unpruned network's statistics, moved by as much as pruning moved the tensors on
     the images; they stay so while it learns, and no dropout is added to its distance from the
-    teacher. A few photos are enough for that. images: those of
-    the images alone, which takes hundreds of different ones."""
+    teacher. A few photos are enough for that. images: those of the images alone, which takes
+    hundreds of different ones."""
     ema: Decay = 0.0
     """Decay of a moving average of the weights, which the network ends with; 0 is none."""
     bfloat16: bool = False

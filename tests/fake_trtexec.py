@@ -132,6 +132,8 @@ class Run:
             raise SystemExit("[TRT] Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
         while "endless" in self.faults:
             say("V", "x" * 10_000)
+        while "one line" in self.faults:
+            sys.stdout.write("x" * 10_000)
         if "--onnx" in self.told:
             self.build()
         if "--skipInference" not in self.told:

@@ -5,17 +5,15 @@ A person on the device starts it as `python3 agent.pyz run-kit KIT_FOLDER`.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import stat
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-from edgexception.agent.protocol import EXIT_CODES, AgentError, Request, answer_fault, read_request
+from edgexception.agent.protocol import EXIT_CODES, AgentError, answer_fault, is_full, read_request
 
 INTERRUPTED = 130
 
@@ -59,7 +57,9 @@ def main(arguments: list[str]) -> int:
     verb, asked, answered = arguments[0], Path(arguments[1]), Path(arguments[2])
     _end_with_host()
     try:
-        _verb(verb)(read_request(asked, FIELDS[verb]), answered)
+        from edgexception.agent import verbs  # noqa: PLC0415 - `run-kit` has no use for them
+
+        getattr(verbs, verb)(read_request(asked, FIELDS[verb]), answered)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happened becomes an answer
@@ -88,21 +88,12 @@ def _run_kit(arguments: list[str]) -> int:
         return EXIT_CODES[kind]
 
 
-def _verb(name: str) -> Callable[[Request, Path], None]:
-    try:
-        from edgexception.agent import verbs  # noqa: PLC0415 - numpy may be what is missing
-    except ImportError as error:
-        raise AgentError("not-possible-here", f"the agent cannot start: {error}") from error
-    chosen: Callable[[Request, Path], None] = getattr(verbs, name)
-    return chosen
-
-
 def _classify(error: Exception) -> tuple[str, str]:
     if isinstance(error, AgentError):
         return error.kind, str(error)
     if isinstance(error, MemoryError):
         return "out-of-resources", "this machine has not enough memory for it"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+    if is_full(error):
         return "out-of-resources", f"{error.strerror}: free some space and start again"
     return "bug", f"{type(error).__name__}: {error}"
 

@@ -9,6 +9,7 @@ code of that kind. Progress is one JSON object a line on stderr.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 PROTOCOL = 1
 
@@ -42,6 +43,12 @@ class AgentError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def is_full(error: Exception) -> TypeGuard[OSError]:
+    """Tell whether the system had no disk, quota or memory left for a call."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    return isinstance(error, OSError) and error.errno in full
 
 
 def is_plain_name(name: object) -> bool:

@@ -76,6 +76,18 @@ class MeasureOptions:
     """Whether one inference is copied while another computes: trtexec's own way."""
 
 
+ONE_INFERENCE = MeasureOptions(
+    warmup_ms=0,
+    duration_ms=0,
+    min_iterations=1,
+    cuda_graph=False,
+    spin_wait=False,
+    transfers=True,
+    overlap=False,
+)
+"""As the agent measures: one after the other, what comes and goes included."""
+
+
 @dataclass(frozen=True)
 class BuilderCalls:
     """What the Python API is told: names of enum members, and values of IBuilderConfig."""
@@ -302,7 +314,7 @@ def build_command(
         f"--sparsity={'enable' if options.sparse_weights else 'disable'}",
     ]
     for name, shape in zip(("min", "opt", "max"), options.shapes or (), strict=False):
-        arguments.append(f"--{name}Shapes=images:{'x'.join(map(str, shape))}")
+        arguments.append(f"--{name}Shapes={images_of(shape)}")
     optional = {
         "--stronglyTyped": version < (11,) and not dla,
         f"--memPoolSize=workspace:{options.workspace_bytes}B": options.workspace_bytes is not None,
@@ -358,7 +370,7 @@ def measure_command(
     switches["--exposeDMA"] = not options.overlap
     arguments += [flag for flag, wanted in switches.items() if wanted]
     if shape is not None:
-        arguments.append(f"--shapes=images:{'x'.join(map(str, shape))}")
+        arguments.append(f"--shapes={images_of(shape)}")
     if dla_core is not None:
         arguments.append(f"--useDLACore={dla_core}")
     if profile is not None:
@@ -366,6 +378,11 @@ def measure_command(
         # In version 11 the profile is always made in a run of its own; the flag is deprecated.
         arguments += ["--separateProfileRun"] if version < (11,) else []
     return arguments
+
+
+def images_of(shape: Sequence[int]) -> str:
+    """Return a shape of the input as trtexec and ONNX Runtime's TensorRT provider read it."""
+    return f"images:{'x'.join(map(str, shape))}"
 
 
 def _text(version: Version) -> str:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import brief
+from edgexception.agent.runtimes import brief, kind_of
 from edgexception.agent.telemetry import INTERVAL_NS
 from edgexception.agent.tensorrt_options import parse_version
 from edgexception.agent.trtexec import Log, parse_log
@@ -31,7 +31,6 @@ MAX_LOG_BYTES = 16 << 20
 MAX_LINE_BYTES = 1 << 16
 TICK_MS = INTERVAL_NS // 2_000_000
 """How often a sample of the telemetry may be due while trtexec says nothing."""
-_STARVED = re.compile("out of memory|outofmemory|bad_alloc", re.I)
 
 
 def find() -> Path | None:
@@ -97,14 +96,12 @@ def run(
         stderr=subprocess.STDOUT,
     )
     try:
-        for line in _lines(child, tick):
+        for line in _lines(child, tick, fault):
             log += line + b"\n"
             text = line.decode("utf-8", "replace")
             listen(text)
             if re.search(r"\] \[[WEF]\] ", text[:80]):
                 sys.stderr.write(f"{text}\n")
-            if len(log) > MAX_LOG_BYTES:
-                raise AgentError("bad-artifact", f"trtexec {fault}: it prints without an end")
         code = child.wait()
     finally:
         child.kill()
@@ -119,15 +116,16 @@ def run(
 
 def _blamed(code: int, log: Log, text: bytearray, fault: str) -> tuple[str, str]:
     why = brief(RuntimeError("; ".join(log.errors) or f"it ended with code {code}"))
-    starved = code == -9 or _STARVED.search(text.decode("utf-8", "replace"))
-    killed = ", most likely by the kernel because memory ran out" if code == -9 else ""
-    return "out-of-resources" if starved else "bad-artifact", f"trtexec {fault}: {why}{killed}"
+    if code == -9:
+        why += ", most likely by the kernel because memory ran out"
+        return "out-of-resources", f"trtexec {fault}: {why}"
+    return kind_of(text.decode("utf-8", "replace")), f"trtexec {fault}: {why}"
 
 
-def _lines(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> Iterator[bytes]:
-    """Yield the lines of a child's output as they come; of an endless one the beginning."""
+def _lines(child: subprocess.Popen[bytes], tick: Callable[[], None], fault: str) -> Iterator[bytes]:
+    """Yield the lines of a child's output as they come; of a long one the beginning."""
     assert child.stdout is not None  # noqa: S101 - told to the type checker; it was given PIPE
-    pipe, pending = child.stdout.fileno(), b""
+    pipe, pending, taken = child.stdout.fileno(), b"", 0
     readable = select.poll()
     readable.register(pipe, select.POLLIN)
     while True:
@@ -136,6 +134,9 @@ def _lines(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> Iterator
         if ready and not chunk:
             break
         tick()
+        taken += len(chunk)
+        if taken > MAX_LOG_BYTES:
+            raise AgentError("bad-artifact", f"trtexec {fault}: it prints without an end")
         *whole, rest = (pending + chunk).split(b"\n")
         yield from whole
         pending = rest[:MAX_LINE_BYTES]

@@ -122,8 +122,11 @@ def test_without_driver_or_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_address_of_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeDriver((8, 9), (12, 0)))
     assert cuda.pci_bus_id() == "0000:01:00.0"
-    use(monkeypatch, FakeDriver())
-    assert cuda.pci_bus_id() is None
+    # To observe a GPU is no need: whatever fails, the engine runs unobserved.
+    refusing = FakeDriver((8, 9), fails="cuDeviceGetPCIBusId", code=999)
+    for driver in (FakeDriver(), refusing):
+        use(monkeypatch, driver)
+        assert cuda.pci_bus_id() is None
 
 
 def test_bytes_go_up_and_come_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -15,6 +16,8 @@ import onnx
 import pytest
 from tiny_engine import CLASSES, SIDE, tiny_images, tiny_logits, tiny_model
 
+from edgexception.agent.protocol import AgentError
+from edgexception.agent.runtimes import blaming
 from edgexception.device import BuildRecord, RunRecord, local_device
 from edgexception.errors import BadArtifact, OutOfResources, UsageError
 
@@ -287,6 +290,34 @@ def test_images_larger_than_any_memory_end_in_an_error(runtime: str, tmp_path: P
         build_and_run()
     assert caught.value.exit_code == 6
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (RuntimeError("Out of memory"), "out-of-resources"),
+        (
+            RuntimeError("Error Code 2: OutOfMemory (Requested size was 9 bytes.)"),
+            "out-of-resources",
+        ),
+        (RuntimeError("std::bad_alloc"), "out-of-resources"),
+        (RuntimeError("Failed to allocate memory for requested buffer"), "out-of-resources"),
+        (RuntimeError("the shapes do not fit"), "bad-artifact"),
+        (PermissionError(errno.EACCES, "Permission denied"), "bad-artifact"),
+    ],
+)
+def test_what_a_runtime_raises_is_the_files_fault_or_memorys(raised: Exception, kind: str) -> None:
+    with (
+        pytest.raises(AgentError, match="cannot build it: ") as caught,
+        blaming("cannot build it"),
+    ):
+        raise raised
+    assert caught.value.kind == kind
+
+
+def test_a_full_disk_is_no_fault_of_the_file() -> None:
+    with pytest.raises(OSError, match="No space left"), blaming("cannot build m.onnx"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_openvino_keeps_the_weights_it_reads_from_the_file(

@@ -228,6 +228,7 @@ BUILDS: list[tuple[str, str, type[EdgexError], str]] = [
     ("10.3.0", "no engine", BadArtifact, "all went well and left no engine"),
     ("10.3.0", "no end", BadArtifact, "ended with code 0"),
     ("10.3.0", "endless", BadArtifact, "prints without an end"),
+    ("10.3.0", "one line", BadArtifact, "prints without an end"),
     ("10.3.0", "no banner", NotPossibleHere, "tells no version of 10 or 11: .*libcudart"),
     ("8.6.2", "", NotPossibleHere, r"tells no version of 10 or 11: .*\[TensorRT v8602\]"),
 ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from edgexception.agent.protocol import AgentError
+from edgexception.agent.protocol import AgentError, is_full
 from edgexception.agent.tensorrt_options import BuildOptions
 
 if TYPE_CHECKING:  # a device where trtexec alone builds and runs may have no numpy
@@ -62,6 +62,7 @@ PACKAGES = {
     "tensorrt-rtx": "tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 
+_STARVED = re.compile("out ?of ?memory|bad_alloc|failed to allocate", re.I)
 _SOURCE_PLACE = re.compile(r"(Exception from|failed at) \S+?:\d+:\s*")
 
 
@@ -221,16 +222,24 @@ def load(name: str) -> Runtime | Program:
 
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Turn what a runtime raises about a file into a bad-artifact error starting with `what`."""
+    """Turn what a runtime raises about a file into a bad-artifact error starting with `what`.
+
+    Where memory or disk ran out, the file is not to blame.
+    """
     try:
         yield
     except (AgentError, MemoryError):
         raise
     except Exception as error:
+        if is_full(error):
+            raise
         text = brief(error)
-        starved = "bad_alloc" in text or "Failed to allocate" in text
-        kind = "out-of-resources" if starved else "bad-artifact"
-        raise AgentError(kind, f"{what}: {text}") from error
+        raise AgentError(kind_of(text), f"{what}: {text}") from error
+
+
+def kind_of(said: str) -> str:
+    """Return the kind of an error by what a runtime said: memory ran out, or the file is bad."""
+    return "out-of-resources" if _STARVED.search(said) else "bad-artifact"
 
 
 def brief(error: BaseException) -> str:

@@ -55,6 +55,18 @@ def first_gpu() -> dict[str, Any]:
     return found[0]
 
 
+def own_gpu(sm: int | None, builder: str) -> dict[str, Any]:
+    """Return the first GPU, for builders of engines for the GPU that they run on, and no other."""
+    gpu = first_gpu()
+    if sm not in (None, gpu["sm"]):
+        raise AgentError(
+            "not-possible-here",
+            f"{builder} builds for the GPU it runs on, {gpu['name']} (SM{gpu['sm']}); for "
+            f"SM{sm} build on such a device",
+        )
+    return gpu
+
+
 def pci_bus_id() -> str | None:
     """Return the PCI address of the driver's first GPU, "0000:01:00.0"; None where none is told.
 

@@ -32,6 +32,7 @@ from edgexception.agent.protocol import AgentError
 from edgexception.agent.runtimes import Options, Session, blaming
 from edgexception.agent.runtimes.cuda import first_gpu, gpus
 from edgexception.agent.runtimes.ort import check_ends, fix_batch, session_options
+from edgexception.agent.tensorrt_options import images_of
 
 TENSORRT = "TensorrtExecutionProvider"
 _SHOWN = 5
@@ -105,7 +106,7 @@ class Adapter:
             return {}
         names = ("min", "opt", "max")
         return {
-            f"trt_profile_{name}_shapes": f"images:{'x'.join(map(str, shape))}"
+            f"trt_profile_{name}_shapes": images_of(shape)
             for name, shape in zip(names, shapes, strict=True)
         }
 

@@ -31,8 +31,9 @@ from edgexception.agent.runtimes import (
     Session,
     blaming,
     brief,
+    kind_of,
 )
-from edgexception.agent.runtimes.cuda import first_gpu, gpus
+from edgexception.agent.runtimes.cuda import gpus, own_gpu
 from edgexception.agent.runtimes.trt_family import open_session, set_batch
 from edgexception.agent.tensorrt_options import (
     BuilderCalls,
@@ -107,13 +108,7 @@ def version() -> dict[str, Any]:
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
     """Build for the first GPU; return what the engine says of its layers."""
-    gpu, number = first_gpu(), parse_version(trt.__version__)
-    if options.sm not in (None, gpu["sm"]):
-        raise AgentError(
-            "not-possible-here",
-            f"tensorrt builds for the GPU it runs on, {gpu['name']} (SM{gpu['sm']}); for "
-            f"SM{options.sm} build on such a device",
-        )
+    gpu, number = own_gpu(options.sm, "tensorrt"), parse_version(trt.__version__)
     operators(model)
     shapes = profile_shapes(model, options.batches)
     wanted = replace(_build_options(options), shapes=shapes)
@@ -140,7 +135,9 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         on_gpu = _not_on_dla(wanted, network, config)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise AgentError(_kind(log), f"tensorrt cannot build {model.name}: {log.why()}")
+        raise AgentError(
+            kind_of(" ".join(log.errors)), f"tensorrt cannot build {model.name}: {log.why()}"
+        )
     out.write_bytes(plan)
     out.with_name(TIMING_CACHE).write_bytes(cache.serialize())
     layers = _layers(plan, wanted, log)
@@ -284,9 +281,3 @@ def _layers(plan: Any, wanted: BuildOptions, log: _Log) -> list[Any]:
         raise AgentError("bad-artifact", f"tensorrt cannot open what it built: {log.why()}")
     inspector = engine.create_engine_inspector()
     return parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _kind(log: _Log) -> str:
-    said = " ".join(log.errors).lower()
-    starved = any(text in said for text in ("out of memory", "outofmemory", "bad_alloc"))
-    return "out-of-resources" if starved else "bad-artifact"

@@ -41,7 +41,7 @@ import tensorrt_rtx_bindings as trt
 
 from edgexception.agent.onnx_file import operators, profile_shapes
 from edgexception.agent.protocol import AgentError
-from edgexception.agent.runtimes import Options, Session, blaming, brief
+from edgexception.agent.runtimes import Options, Session, blaming, brief, kind_of
 from edgexception.agent.runtimes.cuda import gpus
 from edgexception.agent.runtimes.rtx_layers import (
     START,
@@ -111,9 +111,8 @@ def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
         config.set_compute_capability(capability, 0)
         engine = builder.build_serialized_network(network, config)
     if engine is None:
-        starved = any(re.search("out ?of ?memory|bad_alloc", e, re.IGNORECASE) for e in log.errors)
         raise AgentError(
-            "out-of-resources" if starved else "bad-artifact",
+            kind_of(" ".join(log.errors)),
             f"tensorrt-rtx cannot build {model.name} for SM{options.sm}: {log.why()}",
         )
     out.write_bytes(engine)

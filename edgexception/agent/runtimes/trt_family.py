@@ -86,7 +86,10 @@ def open_session(
         memory.download(logits)
         return logits
 
-    return Session(shape, classes, call, {"gpu": gpu["name"], "driver": gpu["driver"]})
+    # How the host waits for the stream is the driver's choice (CU_CTX_SCHED_AUTO), and nothing is
+    # captured: what `trtexec` calls spin-wait and CUDA graph.
+    told = {"cuda_graph": False, "transfers": True, "wait": "CU_CTX_SCHED_AUTO"}
+    return Session(shape, classes, call, {"gpu": gpu["name"], "driver": gpu["driver"], **told})
 
 
 def _check_engine(trt: Any, engine: Any, options: Options) -> tuple[tuple[int, int, int, int], int]:

@@ -29,9 +29,10 @@ from edgexception.agent.onnx_file import OPEN, ends, operators, profile_shapes
 from edgexception.agent.placement import check_sparse
 from edgexception.agent.protocol import AgentError, Ticker, progress
 from edgexception.agent.runtimes import TIMING_CACHE, Job, KernelTime, Options, check_contract
-from edgexception.agent.runtimes.cuda import first_gpu, gpus
+from edgexception.agent.runtimes.cuda import first_gpu, gpus, own_gpu
 from edgexception.agent.telemetry import Telemetry
 from edgexception.agent.tensorrt_options import (
+    ONE_INFERENCE,
     BuildOptions,
     Gpu,
     MeasureOptions,
@@ -54,8 +55,6 @@ from edgexception.agent.trtexec import (
 
 PROGRESS_S = 5.0
 
-_ONCE = MeasureOptions(0, 0, 1, cuda_graph=False, spin_wait=False, transfers=True, overlap=False)
-"""One inference. A timing has the same options: as the agent measures, one after the other."""
 _BINDING = re.compile(r"(images|logits)\.(input|output)\.(\d+(?:\.\d+)*)\.(\w+)\.raw")
 _TYPES = {"fp32": "float32"}
 
@@ -77,14 +76,12 @@ def version() -> dict[str, Any]:
 
 
 def build(model: Path, options: Options, out: Path) -> dict[str, Any]:
-    """Build for the first GPU; return what the engine says of its layers."""
-    gpu, number = first_gpu(), parse_version(program.version())
-    if options.sm not in (None, gpu["sm"]):
-        raise AgentError(
-            "not-possible-here",
-            f"trtexec builds for the GPU it runs on, {gpu['name']} (SM{gpu['sm']}); for "
-            f"SM{options.sm} build on such a device",
-        )
+    """Build for the first GPU; return what the engine says of its layers.
+
+    Of a timing cache that it cannot read trtexec only prints so, times all kernels and writes a new
+    one (getTimingCacheFromFile in samples/utils/timingCache.cpp).
+    """
+    gpu, number = own_gpu(options.sm, "trtexec"), parse_version(program.version())
     operators(model)
     shape, is_open = _shape(model, options)
     wanted = options.tensorrt or BuildOptions(precision="fp32")
@@ -149,7 +146,7 @@ def run(job: Job, telemetry: Telemetry) -> dict[str, Any]:
 
 def profile(job: Job) -> list[KernelTime]:
     """Return the medians of what TensorRT tells of every layer, in a run of its own."""
-    measure = replace(_ONCE, min_iterations=job.profile or 1)
+    measure = replace(ONE_INFERENCE, min_iterations=job.profile or 1)
     with program.folder(job.out, engine=job.engine) as folder:
         arguments = _arguments(job, measure, profile=Path("profile.json"))
         arguments.append("--exportLayerInfo=layers.json")
@@ -168,7 +165,7 @@ def profile(job: Job) -> list[KernelTime]:
 
 def _measure(times: dict[str, int]) -> MeasureOptions:
     return replace(
-        _ONCE,
+        ONE_INFERENCE,
         warmup_ms=times["warmup_ms"],
         duration_ms=times["duration_ms"],
         min_iterations=times["min_iterations"],
@@ -231,7 +228,11 @@ def _classify(job: Job, images: Path, folder: Path, telemetry: Telemetry) -> Non
     """Write the logits of all images; the last batch is filled up with zeros, which are cut."""
     shape = _built_shape(job)
     count, offset = npy.read_images(images, shape[1:])
-    arguments = [*_arguments(job, _ONCE), "--loadInputs=images:images", "--dumpRawBindingsToFile"]
+    arguments = [
+        *_arguments(job, ONE_INFERENCE),
+        "--loadInputs=images:images",
+        "--dumpRawBindingsToFile",
+    ]
     ticker, logits, classes = Ticker("images", count), bytearray(), 0
 
     def tick() -> None:
