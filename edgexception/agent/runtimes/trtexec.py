@@ -197,7 +197,8 @@ def _time(job: Job, measure: MeasureOptions, folder: Path, telemetry: Telemetry)
         if line.endswith("Starting inference"):
             begun = time.monotonic_ns()
             telemetry.phase = "warm-up"
-        elif "Warmup completed" in line:
+        elif "Warmup completed" in line:  # printed once all inferences are timed
+            telemetry.phase = "timing"
             telemetry.sample()
             telemetry.phase = "images"
 
