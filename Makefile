@@ -24,7 +24,7 @@ demo: $(READY)
 
 # Two workers with one thread each: half the time of one with two. A file's tests share what they set up.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 25
 
 # Engines of the full-size network for every GPU of TensorRT-RTX; needs none of them.
 rtx: $(READY)

@@ -77,6 +77,8 @@ class Sensitivity:
     images: int
     everything: Effect
     """The whole plan."""
+    fitted: Effect
+    """The weights that rounding was learned for and the corrected biases, in float."""
     units: tuple[UnitSensitivity, ...]
 
 
@@ -102,13 +104,14 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure every unit that is not in float already, on `images`.
 
-    `trained` is the float network where it is not `graph`, whose biases may be corrected for the
-    plan: single parts are judged against `graph` in float, the whole plan against `trained`. Raises
-    BadArtifact naming the image and the tensor that are not finite.
+    `trained` is the float network where it is not `graph`, whose weights may be rounded already and
+    whose biases corrected for the plan: single parts are judged against `graph` in float, the whole
+    plan, and `graph` in float, against `trained`. Raises BadArtifact naming the image and the
+    tensor that are not finite.
     """
     units = _integer_units(graph, plan)
     everything = rounded_by(graph, plan, dialect)
-    variants = {("everything", ""): everything}
+    variants = {("everything", ""): everything, ("fitted", ""): Rounded()}
     for unit, names in units.items():
         parts = _parts(graph, plan, dialect, names)
         variants |= {(part, unit): change for part, change in parts.items()}
@@ -120,6 +123,7 @@ def sensitivity(
         dialect=dialect.name,
         images=len(images),
         everything=noises["everything", ""],
+        fitted=noises["fitted", ""],
         units=tuple(
             UnitSensitivity(
                 unit,
@@ -323,7 +327,7 @@ def _measure(
                 whole = key[0] in ("without", "everything")
                 known, knew = (full, everything) if whole else (plain, Rounded())
                 logits = runner.run(pixels, rounded, known, knew)["output"]
-                wanted = target if whole else against
+                wanted = target if whole or key[0] == "fitted" else against
                 sums.variants[key].noise += float((logits - wanted).double().square().sum())
                 same = logits.argmax(dim=1) == wanted.argmax(dim=1)
                 sums.variants[key].agreed += int(same.sum())

@@ -258,6 +258,8 @@ class Sensitivity(Record):
     seconds: float
     threads: int
     everything: Effect
+    fitted: Effect
+    """The network with the weights and biases that were fitted to the plan, all else in float."""
     units: tuple[UnitSensitivity, ...]
 
 

@@ -38,16 +38,18 @@ def budget(table: Sensitivity) -> list[tuple[str, str, float]]:
     """Return for each kind of edge, and for weights: SQNR as text, and share of the noise.
 
     The noises of all units are added up as if none knew of another, so that all kinds together need
-    not make the noise of the whole plan.
+    not make the noise of the whole plan. Weights that learned rounding has put on their levels, and
+    biases, make theirs together.
     """
     noises = {
-        kind: sum(effect.noise for row in table.units if (effect := getattr(row, kind)))
-        for kind in KINDS
+        text: sum(effect.noise for row in table.units if (effect := getattr(row, kind)))
+        for kind, text in KINDS.items()
     }
+    noises["fitted weights and biases"] = table.fitted.noise
     total = sum(noises.values()) or 1.0
     return [
-        (KINDS[kind], f"{-10 * math.log10(noise):.1f} dB", noise / total)
-        for kind, noise in noises.items()
+        (text, f"{-10 * math.log10(noise):.1f} dB", noise / total)
+        for text, noise in noises.items()
         if noise > 0.0
     ]
 

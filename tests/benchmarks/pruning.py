@@ -1,8 +1,8 @@
 """What pruning costs and brings: accuracy against measured latency, and against torch-pruning.
 
     python tests/benchmarks/pruning.py [RECIPE] [--part target|speed|curve ...] [--budgets ...]
-                                       [--macs M] [--steps N] [--images N] [--judged N]
-                                       [--out FOLDER]
+                                       [--macs M] [--steps N] [--rounds N] [--images N]
+                                       [--judged N] [--out FOLDER]
 
 The recipe names a trained network, a budget of MACs (`--macs` is another for the first two parts),
 and the images of recovery. Three parts, each with a table of its own:
@@ -12,7 +12,8 @@ speed   pruned and INT8 at 299x299 against float32 of the unpruned network. Late
         network was trained at another size, and ranges and rounding are the quick ones.
 curve   every budget of `--budgets`, by us and by torch-pruning's magnitude pruner, both with the
         same recovery of `--steps` steps on the first `--images` images, judged on the first
-        `--judged` evaluation images. A reduced training: the same budget in `target` loses less.
+        `--judged` evaluation images; with `--rounds` ours once more, the same steps in so many
+        rounds. A reduced training: the same budget in `target` loses less.
 
 Engines have batch 1 and all cores; those of one table are measured in turns, round by round.
 Decisions are those of ONNX Runtime's engine. Results are kept in `--out`, build/pruning by default:
@@ -39,6 +40,7 @@ from pruning_tools import (
     engines_of,
     exported,
     for_latency_alone,
+    in_rounds,
     latency_cells,
     logits_of,
 )
@@ -82,6 +84,9 @@ def curve(recipe: Recipe, arguments: argparse.Namespace) -> list[Network]:
     for macs in arguments.budgets:
         reduced = at_budget(recipe, macs, arguments.steps, arguments.images)
         networks.append(exported(f"edgexception {macs:g}", reduced, arguments.out))
+        if arguments.rounds > 1:
+            name = f"edgexception {macs:g}, {arguments.rounds} rounds"
+            networks.append(exported(name, in_rounds(reduced, arguments.rounds), arguments.out))
         theirs = by_torch_pruning(reduced, arguments.out)
         networks.append(exported(f"torch-pruning {macs:g}", theirs, arguments.out))
     return networks
@@ -135,6 +140,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=None)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--images", type=int, default=2560)
     parser.add_argument("--judged", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("build/pruning"))

@@ -72,6 +72,13 @@ def at_budget(recipe: Recipe, macs: float, steps: int, images: int) -> Recipe:
     return recipe.model_copy(update={"prune": prune})
 
 
+def in_rounds(recipe: Recipe, rounds: int) -> Recipe:
+    """Return the recipe with its channels going in rounds, each with its part of the steps."""
+    recovery = recipe.prune.recovery.model_copy(update={"rounds": rounds})
+    prune = recipe.prune.model_copy(update={"recovery": recovery})
+    return recipe.model_copy(update={"prune": prune})
+
+
 def for_latency_alone(recipe: Recipe) -> Recipe:
     """Return the recipe with the least work that gives graphs of the same operators and shapes."""
     quick = {

@@ -103,6 +103,7 @@ def test_everything_rounded_is_the_simulation_but_for_single_levels(dialect: str
     exact = run_torch(graph, PIXELS)
     simulated = run_torch(simulate(graph, plan, DIALECTS[dialect]), PIXELS)
     found = sensitivity(graph, plan, DIALECTS[dialect], IMAGES)
+    assert found.fitted.noise == 0.0
     assert found.everything.sqnr_db == pytest.approx(sqnr_db(exact, simulated), abs=0.7)
 
 
@@ -132,6 +133,7 @@ def test_the_network_is_judged_against_the_trained_one() -> None:
         layers(graph)["predictions"].bias.add_(100.0)
     found = sensitivity(graph, plan, DIALECTS["openvino"], IMAGES, trained=small_graph())
     assert found.everything.noise > 0.5
+    assert found.fitted.noise == pytest.approx(found.everything.noise, rel=0.1)
     assert max(row.exception.noise for row in found.units) < 1e-3
 
 

@@ -29,9 +29,15 @@ def unit(name: str, of_input: float, inner: float | None, weights: float) -> Uni
     )
 
 
-def table(*units: UnitSensitivity) -> Sensitivity:
+def table(*units: UnitSensitivity, fitted: float = 0.0) -> Sensitivity:
     return Sensitivity(
-        dialect="openvino", images=8, seconds=1.0, threads=1, everything=effect(0.1), units=units
+        dialect="openvino",
+        images=8,
+        seconds=1.0,
+        threads=1,
+        everything=effect(0.1),
+        fitted=effect(fitted),
+        units=units,
     )
 
 
@@ -43,6 +49,8 @@ def test_noises_of_a_kind_are_added_up() -> None:
         ("weights", "20.0 dB"),
     ]
     assert [share for _, _, share in found] == pytest.approx([0.6, 0.3, 0.1])
+    *_, fitted = budget(table(unit("a", 0.03, None, 0.0), fitted=0.01))
+    assert fitted == ("fitted weights and biases", "20.0 dB", pytest.approx(0.25))
 
 
 def test_what_makes_no_noise_is_not_named() -> None:
