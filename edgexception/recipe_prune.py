@@ -33,7 +33,8 @@ class RecoverySpec(Spec):
     """In all rounds together; 0 is the fit alone."""
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
     """In how many the channels go, each by the same factor of the budget: what stays is fitted and
-    takes its part of the steps, and the next round weighs the channels of that network."""
+    takes its part of the steps, and the next round weighs the channels of that network. A plan of
+    several rounds follows from the training between them, so `--plan-only` trains, too."""
     batch_size: Count = 32
     learning_rate: LearningRate = 1e-3
     """The peak: it rises for 5% of the steps, then falls to zero as a cosine."""
