@@ -15,7 +15,14 @@ from edgexception.artifacts import Artifact
 from edgexception.device import Progress
 from edgexception.imageset import ImageSet
 from edgexception.model_stages import card_of, load_model, training_report, write_model
-from edgexception.prune.plan import Importance, LayerShape, PlannedLatency
+from edgexception.prune.plan import (
+    Importance,
+    LayerShape,
+    PlannedLatency,
+    PrunePlan,
+    changes,
+    load_prune_plan,
+)
 from edgexception.recipe_prune import PruneSpec, RecoverySpec
 from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
@@ -101,7 +108,6 @@ def plan_pruning(
         from safetensors.numpy import load_file
 
         from edgexception.prune.budget import PRICES, Price, share_left, solve
-        from edgexception.prune.plan import PrunePlan, changes
         from edgexception.prune.sparse import layers_to_thin
         from edgexception.prune.structure import structure_of
 
@@ -149,8 +155,6 @@ def join_plans(shop: Workshop, first: Artifact, later: Artifact) -> Artifact:
     """Make one plan of the whole network of one and that of the network it leaves: `prune.json`."""
 
     def write(folder: Path) -> None:
-        from edgexception.prune.plan import load_prune_plan
-
         one, other = (load_prune_plan(plan.file("prune.json")) for plan in (first, later))
         (folder / "prune.json").write_text(one.then(other).to_json() + "\n")
 
@@ -169,7 +173,6 @@ def apply_pruning(
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import TrainedModel
         from edgexception.prune.apply import pruned
-        from edgexception.prune.plan import load_prune_plan
 
         trained = load_model(model)
         plan = load_prune_plan(planned.file("prune.json"))
@@ -207,7 +210,6 @@ def recover_pruned(
 
     def write(folder: Path) -> None:
         from edgexception.model.checkpoint import TrainedModel
-        from edgexception.prune.plan import load_prune_plan
         from edgexception.prune.recover import recover
         from edgexception.train.state import Keeper
 
