@@ -19,7 +19,6 @@ from edgexception.device import Progress
 from edgexception.model_stages import load_model
 from edgexception.recipe import BenchSpec
 from edgexception.report.assemble import Place
-from edgexception.report.measures import Estimate
 from edgexception.report.record import LatencyCheck
 from edgexception.workshop import Workshop, versions, write_json
 
@@ -209,7 +208,7 @@ def time_plan(shop: Workshop, model: Artifact, planned: Artifact, place: Place) 
     whole, smaller = (_rounds(artifact.file(f"{name}_ns.npz")) for name in ("whole", "pruned"))
     summaries = [LatencySummary.of(rounds) for rounds in (whole, smaller)]
     return LatencyCheck(
-        share=Estimate.model_validate(ratio_of_medians(smaller, whole)),
+        share=ratio_of_medians(smaller, whole),
         median_ms=(summaries[0].median_ms, summaries[1].median_ms),
         noisy=any(summary.noisy for summary in summaries),
     )

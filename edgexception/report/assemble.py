@@ -22,26 +22,18 @@ from edgexception.bench.conditions import Conditions
 from edgexception.bench.executed import executed
 from edgexception.bench.kernel_times import slower_blocks, spent
 from edgexception.bench.paired import paired
-from edgexception.bench.statistics import LatencySummary, Times, ratio_of_medians
+from edgexception.bench.statistics import (
+    LatencySummary,
+    Times,
+    ratio_of_medians,
+)
 from edgexception.calibration_size import too_few
 from edgexception.device import BuildRecord, ProbeRecord, Profile, RuntimeFacts, Timing
 from edgexception.imageset import ImageSet
 from edgexception.recipe import Recipe, TensorRtSpec
 from edgexception.report.dla import dla_planned
 from edgexception.report.gates import judge
-from edgexception.report.measures import (
-    Estimate,
-    Fidelity,
-    Gain,
-    Latency,
-    Listing,
-    Machine,
-    Paired,
-    Share,
-    Slower,
-    Spent,
-    TimedUnder,
-)
+from edgexception.report.measures import Fidelity, Gain, Listing, Machine, Slower, Spent, TimedUnder
 from edgexception.report.network import Network
 from edgexception.report.record import (
     BadImageLine,
@@ -366,12 +358,11 @@ def _quality(found: Findings, place: Place, measured: Measured) -> dict[str, Any
     labels = None if found.labelled is None else found.labelled.labels
     if labels is not None:
         judged = accuracy(measured.logits[: len(labels)], labels)
-        facts["top1"] = Share.model_validate(judged.top1)
-        facts["top5"] = None if judged.top5 is None else Share.model_validate(judged.top5)
+        facts["top1"] = judged.top1
+        facts["top5"] = judged.top5
         if place.precision != "fp32":
             count = len(labels)
-            decisions = paired(measured.reference[:count], measured.logits[:count], labels)
-            facts["paired"] = Paired.model_validate(decisions)
+            facts["paired"] = paired(measured.reference[:count], measured.logits[:count], labels)
     return facts
 
 
@@ -380,7 +371,7 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
         return {}
     latency = LatencySummary.of(measured.rounds)
     facts: dict[str, Any] = {
-        "latency": Latency.model_validate(latency),
+        "latency": latency,
         "images_per_second": None if measured.timing else place.batch / latency.median_ms * 1000,
         "conditions": measured.conditions and TimedUnder.model_validate(measured.conditions),
         "timing": measured.timing,
@@ -389,7 +380,7 @@ def _speed(found: Findings, place: Place, measured: Measured) -> dict[str, Any]:
         facts["spent"] = Spent.model_validate(spent(measured.profile))
     slow = found.measured.get(replace(place, precision="fp32"), Measured())
     if slow.rounds is not None and slow.timing == measured.timing and place.precision != "fp32":
-        facts["speedup"] = Estimate.model_validate(ratio_of_medians(slow.rounds, measured.rounds))
+        facts["speedup"] = ratio_of_medians(slow.rounds, measured.rounds)
     if is_int8(place.precision):
         facts["gain"] = _gain(found, place, measured)
     return facts
@@ -408,7 +399,7 @@ def _gain(found: Findings, place: Place, int8: Measured) -> Gain | None:
     if not floats or int8.rounds is None:
         return None
     best = min(floats, key=lambda other: LatencySummary.of(floats[other]).median_ms)
-    ratio = Estimate.model_validate(ratio_of_medians(floats[best], int8.rounds))
+    ratio = ratio_of_medians(floats[best], int8.rounds)
     profiles = (int8.profile, found.measured[best].profile)
     slower = None
     if profiles[0] is not None and profiles[1] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from edgexception.bench.statistics import Interval, Proportion
 from edgexception.device import LayerPlacement
 
 
@@ -11,37 +12,6 @@ class Record(BaseModel):
     """Base of the record's parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True)
-
-
-class Share(Record):
-    """A share of images with its 95% Wilson interval."""
-
-    successes: int
-    trials: int
-    value: float
-    low: float
-    high: float
-
-
-class Estimate(Record):
-    """A value with its 95% bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Latency(Record):
-    """Latency of one batch in ms over every measured iteration; `cov` is deviation / mean."""
-
-    min_ms: float
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    cov: float
-    iterations: int
-    round_medians_ms: tuple[float, ...]
-    noisy: bool
 
 
 class Energy(Record):
@@ -95,7 +65,7 @@ class Gain(Record):
 
     over: str
     """The precision of that engine: same target, runtime and batch size."""
-    ratio: Estimate
+    ratio: Interval
     """Its latency / INT8's."""
     slower: tuple[Slower, ...] | None = None
     """Worst first; None where the runtime does not tell."""
@@ -112,27 +82,10 @@ class Fidelity(Record):
     `sqnr_db` is null where they are equal to the last bit, and no less than -200.
     """
 
-    agreement: Share | None
+    agreement: Proportion | None
     """Of decisions; None for networks with one output, which decide nothing."""
     sqnr_db: float | None
     max_abs_difference: float
-
-
-class Paired(Record):
-    """Decisions against the float network's in torch, on the labelled photos.
-
-    `changed` are other decisions; `lost` of them were right in float, `gained` are right now.
-    `difference` of top-1 with Tango's 95% interval; `p_value` is McNemar's exact one.
-    """
-
-    images: int
-    changed: int
-    lost: int
-    gained: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
 
 
 class Executed(Record):

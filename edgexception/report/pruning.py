@@ -12,7 +12,7 @@ from edgexception.bench.accuracy import accuracy
 from edgexception.bench.paired import paired
 from edgexception.prune.plan import load_prune_plan
 from edgexception.report.assemble import compare
-from edgexception.report.measures import Fidelity, Paired, Share
+from edgexception.report.measures import Fidelity
 from edgexception.report.record import Pruning, PruningEffect, PruningLatency
 
 Logits = NDArray[np.float32]
@@ -47,7 +47,6 @@ def effect_of(
     if labels is not None:
         count = len(labels)
         first, second = (accuracy(logits[:count], labels).top1 for logits in (before, after))
-        facts["top1"] = (Share.model_validate(first), Share.model_validate(second))
-        decisions = paired(before[:count], after[:count], labels)
-        facts["paired"] = Paired.model_validate(decisions)
+        facts["top1"] = (first, second)
+        facts["paired"] = paired(before[:count], after[:count], labels)
     return PruningEffect(**facts)

@@ -6,20 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from edgexception.bench.paired import Paired
+from edgexception.bench.statistics import Interval, LatencySummary, Proportion
 from edgexception.device import Timing
 from edgexception.prune.plan import LayerChange, PlannedLatency
 from edgexception.report.measures import (
     DlaPlanned,
-    Estimate,
     Executed,
     Fidelity,
     Gain,
-    Latency,
     Listing,
     Machine,
-    Paired,
     Record,
-    Share,
     Spent,
     TimedUnder,
 )
@@ -53,7 +51,7 @@ class Row(Record):
     listing: Listing | None = None
     dla: DlaPlanned | None = None
     """Of an engine that is asked to run on a DLA."""
-    latency: Latency | None = None
+    latency: LatencySummary | None = None
     timing: Timing | None = None
     """How a program took the times; None is the agent's clock. Rows that differ in it are not
     compared."""
@@ -65,13 +63,13 @@ class Row(Record):
     fastest: bool = False
     """Its median latency is the lowest of the target's runtimes, of which several were measured, at
     this precision and batch size."""
-    speedup: Estimate | None = None
+    speedup: Interval | None = None
     """FP32 latency / latency, same runtime and batch size: the geometric mean over the rounds of
     the ratio of the medians in that round."""
     gain: Gain | None = None
     """Of an INT8 engine that was measured beside a float one."""
-    top1: Share | None = None
-    top5: Share | None = None
+    top1: Proportion | None = None
+    top5: Proportion | None = None
     paired: Paired | None = None
     """Of a quantized network with labelled photos."""
     fidelity: Fidelity | None = None
@@ -177,7 +175,7 @@ class PruningEffect(Record):
     """The pruned network against the unpruned one, both in torch, on the evaluation images."""
 
     fidelity: Fidelity
-    top1: tuple[Share, Share] | None = None
+    top1: tuple[Proportion, Proportion] | None = None
     """Before and after, on labelled photos."""
     paired: Paired | None = None
 
@@ -185,7 +183,7 @@ class PruningEffect(Record):
 class LatencyCheck(Record):
     """A pruned network measured against the unpruned one in the same run, in turns."""
 
-    share: Estimate
+    share: Interval
     """Its latency over the unpruned one's: the geometric mean of the rounds' ratios of medians."""
     median_ms: tuple[float, float]
     """Unpruned and pruned."""

@@ -8,9 +8,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgexception.agent.placement import WIDEST_FIRST
+from edgexception.bench.paired import Paired
+from edgexception.bench.statistics import Interval, Proportion
 from edgexception.prune.plan import LayerChange
 from edgexception.report.dla import dla_lines
-from edgexception.report.measures import Estimate, Fidelity, Gain, Listing, Machine, Paired, Share
+from edgexception.report.measures import Fidelity, Gain, Listing, Machine
 from edgexception.report.record import (
     Exceptions,
     GateResult,
@@ -289,7 +291,7 @@ def _not_compared(parity: Parity) -> str:
     return f"skipped: {parity.skipped}" if parity.skipped else ""
 
 
-def _share(share: Share | None) -> str:
+def _share(share: Proportion | None) -> str:
     if share is None:
         return "not measured"
     percent = f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
@@ -367,7 +369,7 @@ def _difference(paired: Paired) -> str:
     return "{} points ({} to {}), p {:.2g}".format(*points, paired.p_value)
 
 
-def _estimate(estimate: Estimate | None) -> str:
+def _estimate(estimate: Interval | None) -> str:
     if estimate is None:
         return ""
     return f"{estimate.value:.2f}x ({estimate.low:.2f} to {estimate.high:.2f})"

@@ -9,18 +9,18 @@ import numpy as np
 from test_gates import row
 
 from edgexception.agent.tensorrt_options import BuildOptions, read_options
-from edgexception.bench.statistics import Times
+from edgexception.bench.statistics import Interval, LatencySummary, Times
 from edgexception.device import Timing
 from edgexception.recipe import TensorRtSpec
 from edgexception.report.assemble import Measured, Place, _gain, _speed, mark_fastest
-from edgexception.report.measures import Estimate, Gain, Latency, Slower, Spent
+from edgexception.report.measures import Gain, Slower, Spent
 from edgexception.report.record import Row
 from edgexception.report.render import condition_lines, regret_lines
 from edgexception.targets import Precision
 
 
 def timed(milliseconds: float, **changes: object) -> Row:
-    latency = Latency(
+    latency = LatencySummary(
         min_ms=0.1,
         median_ms=milliseconds,
         p90_ms=9.0,
@@ -139,7 +139,7 @@ def test_a_gain_is_sure_only_where_its_whole_interval_is_above_one() -> None:
 
 
 def test_the_page_says_plainly_that_int8_is_not_worth_it_and_what_is_to_blame() -> None:
-    ratio = Estimate(value=1.01, low=0.97, high=1.05)
+    ratio = Interval(value=1.01, low=0.97, high=1.05)
     (line,) = regret_lines([row("fp32"), row(gain=Gain(over="fp16", ratio=ratio))])
     plainly = (
         "INT8 is not worth it on cpu-x86 openvino int8 b1: 1.01x (0.97 to 1.05) as fast as fp16, "
@@ -158,7 +158,7 @@ def test_the_page_says_plainly_that_int8_is_not_worth_it_and_what_is_to_blame() 
     )
     (line,) = regret_lines([row(spent=spent, gain=Gain(over="fp16", ratio=ratio, slower=()))])
     assert "kernels' times: no block;" in line
-    sure = Gain(over="fp16", ratio=Estimate(value=1.1, low=1.01, high=1.2))
+    sure = Gain(over="fp16", ratio=Interval(value=1.1, low=1.01, high=1.2))
     assert regret_lines([row(gain=sure), row()]) == []
 
 

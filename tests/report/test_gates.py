@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from edgexception.bench.statistics import wilson
+from edgexception.bench.statistics import Interval, Proportion, wilson
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.measures import Estimate, Executed, Fidelity, Share, TimedUnder
+from edgexception.report.measures import Executed, Fidelity, TimedUnder
 from edgexception.report.record import PruningEffect, Row
 from edgexception.report.render import gate_lines
 
 
-def share(successes: int, trials: int = 100) -> Share:
-    return Share.model_validate(wilson(successes, trials))
+def share(successes: int, trials: int = 100) -> Proportion:
+    return wilson(successes, trials)
 
 
 def row(precision: str = "int8", **changes: Any) -> Row:
@@ -32,7 +32,7 @@ def row(precision: str = "int8", **changes: Any) -> Row:
         "executed": Executed(
             shares={"fp32": 0.1, "int8": 0.9}, conversions={}, misplaced=(), unknown=()
         ),
-        "speedup": None if precision == "fp32" else Estimate(value=1.5, low=1.4, high=1.6),
+        "speedup": None if precision == "fp32" else Interval(value=1.5, low=1.4, high=1.6),
     }
     return Row(**facts | changes)
 
@@ -135,7 +135,7 @@ def test_the_drop_is_counted_in_images() -> None:
 
 
 def test_the_speedup_is_judged_at_the_first_batch_size_and_the_rest_everywhere() -> None:
-    rows = (row(batch=8), row(batch=1, speedup=Estimate(value=9, low=9, high=9)))
+    rows = (row(batch=8), row(batch=1, speedup=Interval(value=9, low=9, high=9)))
     results = judge(Gates(speedup_min=2.0, sqnr_db_min=1.0), rows)
     assert [(r.gate, r.row[-2:], r.passed) for r in results] == [
         ("sqnr_db_min", "b8", True),

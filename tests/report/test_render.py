@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from edgexception.bench.paired import paired, tango
 from edgexception.preprocess import Preprocess
 from edgexception.recipe import Gates
 from edgexception.report.gates import judge
-from edgexception.report.measures import Energy, Machine, Paired, TimedUnder
+from edgexception.report.measures import Energy, Machine, TimedUnder
 from edgexception.report.network import Network
 from edgexception.report.record import BadImageLine, Parity, Report, Row, StageLine
 from edgexception.report.render import to_markdown, to_text
@@ -95,7 +94,7 @@ def test_what_was_not_measured_never_looks_measured_or_passed(status: str) -> No
 
 
 def test_what_int8_lost_and_gained_is_shown_with_its_interval() -> None:
-    change = Paired.model_validate(asdict(paired(BEFORE, AFTER, LABELS)))
+    change = paired(BEFORE, AFTER, LABELS)
     whole = report((row("fp32"), row(paired=change)))
     (line,) = [line for line in tables(to_markdown(whole)) if len(line) == 8 and line[2] == "int8"]
     low, high = tango(0, 2, 5)
