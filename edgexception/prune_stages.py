@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,6 @@ from edgexception.report.pruning import effect_of
 from edgexception.report.record import PruningEffect
 from edgexception.stages import reference
 from edgexception.workshop import Workshop, versions
-
-if TYPE_CHECKING:
-    from edgexception.prune.latency import LatencyTable
 
 
 def weigh_channels(
@@ -73,19 +70,6 @@ class Timed:
     gain: float = 1.0
     """How much of what the steps' times save the network saves."""
 
-    def read(self) -> LatencyTable:
-        """Return the table."""
-        from edgexception.prune.latency import LatencyTable
-
-        return LatencyTable.model_validate_json(self.table.file("latency.json").read_bytes())
-
-    def told(self, predicted: float) -> PlannedLatency:
-        """Return what a plan says of it."""
-        table = self.read()
-        return PlannedLatency(
-            engine=table.engine, threads=table.threads, gain=self.gain, predicted=predicted
-        )
-
 
 def plan_pruning(
     shop: Workshop,
@@ -108,6 +92,7 @@ def plan_pruning(
         from safetensors.numpy import load_file
 
         from edgexception.prune.budget import PRICES, Price, share_left, solve
+        from edgexception.prune.latency import LatencyTable
         from edgexception.prune.sparse import layers_to_thin
         from edgexception.prune.structure import structure_of
 
@@ -115,12 +100,20 @@ def plan_pruning(
         structure = structure_of(trained.network.architecture, trained.preprocess.input_size)
         prices = {**PRICES, "size": Price(partial(LayerShape.bytes_as, int8=int8))}
         if timed is not None:
-            prices["latency"] = Price(timed.read().price(), timed.gain)
+            text = timed.table.file("latency.json").read_bytes()
+            table = LatencyTable.model_validate_json(text)
+            prices["latency"] = Price(table.price(), timed.gain)
         kept = {}
         if weighed is not None:
             scores = load_file(weighed.file("importance.safetensors"))
             kept = solve(structure, scores, spec.ranking, align, spec.budgets, prices)
         left = {name: share_left(structure, kept, prices[name]) for name in spec.budgets}
+        latency = timed and PlannedLatency(
+            engine=table.engine,
+            threads=table.threads,
+            gain=timed.gain,
+            predicted=left["latency"],
+        )
         plan = PrunePlan(
             kept=kept,
             layers=changes(structure, kept),
@@ -130,7 +123,7 @@ def plan_pruning(
             budgets=spec.budgets,
             left=left,
             images=images,
-            latency=None if timed is None else timed.told(left["latency"]),
+            latency=latency,
             sparse=layers_to_thin(trained.network, structure, kept) if spec.sparsity else (),
         )
         (folder / "prune.json").write_text(plan.to_json() + "\n")
