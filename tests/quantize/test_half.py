@@ -29,6 +29,7 @@ from edgexception.quantize.dialects import DIALECTS
 from edgexception.quantize.half import (
     LEAST_SCALE,
     MARGIN,
+    FloatTypes,
     is_half_number,
     peaks_of,
     type_graph,
@@ -249,15 +250,23 @@ def test_a_named_layer_that_may_overflow_is_refused() -> None:
 # --- scales
 
 
-@settings(max_examples=200, deadline=None)
-@given(scales=st.lists(st.floats(1e-9, 500.0), min_size=5, max_size=5))
-def test_weight_scales_are_rounded_up_to_float16(scales: list[float]) -> None:
+Typed = tuple[fx.GraphModule, QuantPlan, FloatTypes]
+
+
+@pytest.fixture(scope="module")
+def typed() -> Typed:
     graph = small_graph()
     plan = symmetric(graph)
+    types = type_graph(graph, plan, "fp16", peaks_of(graph, [BATCH]))
+    return graph, plan, type(types)(types.half | {"predictions"})
+
+
+@settings(max_examples=200, deadline=None)
+@given(scales=st.lists(st.floats(1e-9, 500.0), min_size=5, max_size=5))
+def test_weight_scales_are_rounded_up_to_float16(typed: Typed, scales: list[float]) -> None:
+    graph, plan, types = typed
     grid = plan.weights["predictions"].model_copy(update={"scales": tuple(scales)})
     plan = plan.model_copy(update={"weights": plan.weights | {"predictions": grid}})
-    types = type_graph(graph, plan, "fp16", peaks_of(graph, [BATCH]))
-    types = type(types)(types.half | {"predictions"})
     for before, after in zip(
         scales, with_half_scales(plan, graph, types).weights["predictions"].scales, strict=True
     ):
