@@ -21,7 +21,7 @@ from edgexception.bench.protocol import measure_latency, run_images
 from edgexception.device import RecordedDevice
 from edgexception.engine_stages import ask_build, engine_at
 from edgexception.errors import UsageError
-from edgexception.kit import COMMAND_VERSIONS, commands, plan_kit, write_kit
+from edgexception.kit import COMMAND_VERSIONS, Kit, commands, plan_kit, write_kit
 from edgexception.recipe import BenchSpec, TensorRtSpec
 from edgexception.report.assemble import Place
 from edgexception.targets import Form
@@ -36,16 +36,19 @@ def artifact(path: Path, name: str) -> Artifact:
     return Artifact("test", "key", path.parent, {name: record}, record.sha256)
 
 
+def tiny_kit(place: Place, tiny_onnx: Path, folder: Path) -> tuple[Kit, Artifact, Artifact]:
+    """Write a kit of the tiny network for one engine; return it, the model, and 5 images."""
+    np.save(folder / "images.npy", tiny_images(5))
+    model = artifact(tiny_onnx, "model.onnx")
+    images = artifact(folder / "images.npy", "images.npy")
+    kit = plan_kit("tiny", [place], {Form("fp32"): model}, images, BENCH, (SIDE, SIDE))
+    (folder / "work").mkdir()
+    write_kit(kit, folder / "kit", folder / "work")
+    return kit, model, images
+
+
 def test_what_a_host_asks_is_answered_by_what_the_kit_did(tiny_onnx: Path, tmp_path: Path) -> None:
-    pixels = tiny_images(5)
-    np.save(tmp_path / "images.npy", pixels)
-    model, images = (
-        artifact(tiny_onnx, "model.onnx"),
-        artifact(tmp_path / "images.npy", "images.npy"),
-    )
-    kit = plan_kit("tiny", [PLACE], {Form("fp32"): model}, images, BENCH, (SIDE, SIDE))
-    (tmp_path / "work").mkdir()
-    write_kit(kit, tmp_path / "kit", tmp_path / "work")
+    kit, model, images = tiny_kit(PLACE, tiny_onnx, tmp_path)
     done = subprocess.run(
         [sys.executable, "agent.pyz", "run-kit", "."],
         cwd=tmp_path / "kit",
@@ -71,7 +74,7 @@ def test_what_a_host_asks_is_answered_by_what_the_kit_did(tiny_onnx: Path, tmp_p
     record = ask_build(PLACE, model.file("model.onnx"), device, tmp_path / "engine")
     engine = engine_at(PLACE, tmp_path / "engine" / record["engine"])
     logits = run_images(engine, images.file("images.npy"), device, tmp_path / "run")
-    np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(logits, tiny_logits(tiny_images(5)), rtol=1e-4, atol=1e-3)
     times = measure_latency([engine], BENCH, device, tmp_path / "rounds")
     assert [len(turn) >= 3 for turn in times[PLACE.key]] == [True, True]
 
@@ -81,15 +84,7 @@ def test_a_kit_is_run_by_trtexec_alone(
 ) -> None:
     """The device has no numpy and no package of TensorRT: see fake_trtexec.py."""
     place = Place("jetson-orin-nano-8gb", "tensorrt", "tensorrt", "fp32", 4, 6)
-    pixels = tiny_images(5)
-    np.save(tmp_path / "images.npy", pixels)
-    model, images = (
-        artifact(tiny_onnx, "model.onnx"),
-        artifact(tmp_path / "images.npy", "images.npy"),
-    )
-    kit = plan_kit("tiny", [place], {Form("fp32"): model}, images, BENCH, (SIDE, SIDE))
-    (tmp_path / "work").mkdir()
-    write_kit(kit, tmp_path / "kit", tmp_path / "work")
+    _, model, images = tiny_kit(place, tiny_onnx, tmp_path)
     install(tmp_path / "bin", "10.3.0")
     (tmp_path / "bin/python3").symlink_to(bare_python("3.10"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -110,7 +105,7 @@ def test_a_kit_is_run_by_trtexec_alone(
     record = ask_build(place, model.file("model.onnx"), device, tmp_path / "engine")
     engine = engine_at(place, tmp_path / "engine" / record["engine"])
     logits = run_images(engine, images.file("images.npy"), device, tmp_path / "run")
-    np.testing.assert_allclose(logits, tiny_logits(pixels), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(logits, tiny_logits(tiny_images(5)), rtol=1e-4, atol=1e-3)
     times = measure_latency([engine], BENCH, device, tmp_path / "rounds")
     assert [len(turn) >= 3 for turn in times[place.key]] == [True, True]
     kept = json.loads((tmp_path / "rounds/round-1-engine-1/record.json").read_text())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from fakes import TimingDevice
 from test_engine_key import PLACE, changed, machine  # noqa: F401 - a fixture
 
 from edgexception import engine_stages
@@ -16,34 +16,6 @@ from edgexception.artifacts import Artifact, FileRecord, Store
 from edgexception.device import ProbeRecord, RecordedDevice
 from edgexception.errors import BadArtifact
 from edgexception.workshop import Workshop
-
-
-class Builder:
-    """A device with TensorRT: what it times it adds to what it is given."""
-
-    name = "local"
-
-    def __init__(self) -> None:
-        self.given: list[bytes | None] = []
-        self.fault: Exception | None = None
-        self.leaves_it = True
-
-    def call(
-        self,
-        verb: str,
-        request: Mapping[str, Any],
-        files: Mapping[str, Path],
-        out: Path,
-        progress: object = None,
-    ) -> dict[str, Any]:
-        name = request.get("timing_cache")
-        self.given.append(None if name is None else files[name].read_bytes())
-        if self.fault is not None:
-            raise self.fault
-        if self.leaves_it:
-            (out / "timing.cache").write_bytes((self.given[-1] or b"") + b"x")
-        (out / "engine.plan").write_bytes(b"a plan")
-        return {"engine": "engine.plan"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +36,7 @@ def test_each_build_goes_on_from_the_one_before(
     exported: Artifact,
     tmp_path: Path,
 ) -> None:
-    device = Builder()
+    device = TimingDevice()
     with Store(tmp_path / "store") as store:
         shop = Workshop(store, cast(Any, device), machine)
         for precision in ("fp16", "int8", "fp32"):
@@ -96,10 +68,10 @@ def test_it_is_for_one_version_gpu_device_and_target(
             )
         ),
     ]
-    other = Builder()
+    other = TimingDevice()
     other.name = "another"
     with Store(tmp_path / "store") as store:
-        shops = [Workshop(store, cast(Any, Builder()), each) for each in machines]
+        shops = [Workshop(store, cast(Any, TimingDevice()), each) for each in machines]
         shops.append(Workshop(store, cast(Any, other), machine))
         places = [PLACE, replace(PLACE, target="jetson-agx-orin-32gb")]
         names = [engine_stages.timing_cache_of(shop, place) for shop in shops for place in places]
@@ -123,7 +95,7 @@ def test_one_that_is_refused_stays_and_nothing_is_built(
     exported: Artifact,
     tmp_path: Path,
 ) -> None:
-    device = Builder()
+    device = TimingDevice()
     with Store(tmp_path / "store") as store:
         shop = Workshop(store, cast(Any, device), machine)
         engine_stages.build(shop, exported, PLACE)
@@ -140,7 +112,7 @@ def test_an_answer_without_one_is_broken(
     exported: Artifact,
     tmp_path: Path,
 ) -> None:
-    device = Builder()
+    device = TimingDevice()
     device.leaves_it = False
     with Store(tmp_path / "store") as store:
         shop = Workshop(store, cast(Any, device), machine)
